@@ -1,0 +1,388 @@
+"Distillation with models and loaders that the package does not know: mechanisms, schedules, reproducibility, and faults that leave the models untouched."
+import copy
+from dataclasses import FrozenInstanceError
+
+import pytest, torch
+from torch import nn
+from kd_aif.core import generator
+from kd_aif.distill import Every, MixedBatches, OneShot, Run, check_batches, count_classes, distill, evaluate
+from kd_aif.influence import CrossScores, InfluenceScores
+from kd_aif.losses import batch_cross_entropy, distill_loss
+from kd_aif.weights import EMA
+
+C, N, M, FIRST = 3, 150, 90, 1000
+
+
+class Pairs(nn.Module):
+    "Two named inputs, normalisation, dropout; takes and gives a dictionary"
+    def __init__(self, width=8, classes=C):
+        super().__init__()
+        self.left, self.right = nn.Linear(4, width), nn.Linear(2, width)
+        self.norm, self.drop, self.head = nn.BatchNorm1d(width), nn.Dropout(.2), nn.Linear(width, classes)
+    def forward(self, inputs): return dict(logits=self.head(self.drop(self.norm(torch.relu(self.left(inputs['wide']) + self.right(inputs['narrow']))))))
+
+def forward(model, batch): return model(batch)['logits']
+
+class Loader:
+    "Re-iterable and nothing more: no length, no `plain`, no `set_epoch`; `shuffle` gives a new order in each pass"
+    def __init__(self, data, size=32, shuffle=False): self.data, self.size, self.shuffle, self.passes = data, size, shuffle, 0
+    def __iter__(self):
+        self.passes += 1
+        n = len(self.data['narrow'])
+        order = torch.randperm(n, generator=generator(self.passes, 'order')) if self.shuffle else torch.arange(n)
+        for at in order.split(self.size): yield {k: v[at] for k, v in self.data.items()}
+
+def rows(n, seed, first, share_wrong=0.):
+    "Three clouds; indices far from 0 and with gaps, in no order; the first samples of a random order get another label"
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % C
+    centre = torch.tensor([[3., 0, 0, 0, 0, 0], [0, 3., 0, 0, 3., 0], [0, 0, 0, 3., 0, 3.]])
+    x = centre[y] + torch.randn(n, 6, generator=g)
+    wrong = torch.rand(n, generator=g) < share_wrong
+    return dict(wide=x[:, :4], narrow=x[:, 4:], y=torch.where(wrong, (y + 1) % C, y), index=first + 3*torch.randperm(n, generator=g)), wrong
+
+train_data, wrong = rows(N, 0, FIRST, .35)
+clean_data, _ = rows(N, 0, FIRST)
+val_data, _ = rows(M, 1, 5000)
+test_data, _ = rows(60, 2, 9000)
+train, clean, val, test = Loader(train_data), Loader(clean_data), Loader(val_data), Loader(test_data)
+
+def model(seed=0, width=8, classes=C):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Pairs(width, classes)
+
+settings = dict(forward=forward, epochs=3, lr=.05, alpha=.5, progress=False)
+
+@pytest.fixture(scope='module')
+def trained():
+    "A teacher that has seen training and validation samples"
+    return distill(model(9, 16), None, MixedBatches(train, val), val, **settings | dict(epochs=12)).student
+
+@pytest.fixture
+def teacher(trained): return copy.deepcopy(trained)
+
+def state(m): return {k: v.clone() for k, v in m.state_dict().items()}
+def equal(a, b): return all(torch.equal(v, b[k]) for k, v in a.items()) and a.keys() == b.keys()
+def without(batch, *keys): return {k: v for k, v in batch.items() if k not in keys}
+
+
+# Mechanisms and schedules
+
+@pytest.mark.parametrize('train_on_val', [True, False])
+@pytest.mark.parametrize('schedule', [OneShot(), OneShot(after=2), Every(1, start=1), Every(2, start=0)], ids=str)
+@pytest.mark.parametrize('mechanism', ['student', 'both'])
+def test_mechanisms_and_schedules(teacher, mechanism, schedule, train_on_val):
+    student, before = model(1), (state(teacher), state(model(1)))
+    run = distill(student, teacher, train, val, mechanism=mechanism, schedule=schedule, train_on_val=train_on_val, test=test, **settings)
+    assert isinstance(run, Run) and run.student is student and run.mechanism == mechanism
+    assert run.index.tolist() == train_data['index'].tolist() and run.weights.shape == (N,)
+    assert isinstance(run.scores, CrossScores) and torch.equal(run.scores.index, run.index) and run.calibration is not None
+    assert torch.isfinite(run.weights).all() and (run.weights >= 0).all()
+    for c in range(C): assert float(run.weights[train_data['y'] == c].mean()) == pytest.approx(1, abs=1e-4)
+    assert not equal(before[1], state(student))
+    assert equal(before[0], state(teacher)) == (mechanism == 'student'), 'mechanism 1 leaves the teacher alone, mechanism 2 trains it on in place'
+    assert run.teacher is teacher
+    assert [h['phase'] for h in run.history] == (['teacher']*3 if mechanism == 'both' and isinstance(schedule, OneShot) else []) + ['student']*3
+    assert all(s >= 0 for s in run.seconds.values()) and 'scoring' in run.seconds and 'student' in run.seconds
+    for key in ('test_accuracy', 'test_loss', 'val_accuracy', 'teacher_test_accuracy', 'clean_fraction', 'effective_sample_size'): assert isinstance(run.metrics[key], float), key
+    assert len(run.metrics['per_class_accuracy']) == C and 'final epoch' in run._repr_markdown_()
+
+def test_wrong_labels_lose_weight_and_the_student_gains(teacher):
+    run = distill(model(1), teacher, train, val, mechanism='student', test=test, **settings)
+    assert run.weights[~wrong].mean() > 2*run.weights[wrong].mean()
+    assert abs(run.metrics['clean_fraction'] - float((~wrong).double().mean())) < .15
+
+def test_plain_distillation(teacher):
+    before, student = state(teacher), model(1)
+    run = distill(student, teacher, train, val, test=test, **settings)
+    assert torch.equal(run.weights, torch.ones(N)) and run.scores is None and run.calibration is None and 'clean_fraction' not in run.metrics
+    assert equal(before, state(teacher)) and run.metrics['effective_sample_size'] == 1
+    assert run.metrics['test_accuracy'] == evaluate(student, test, forward)['accuracy'] > .5
+
+def test_without_teacher():
+    run = distill(model(1), None, train, val, test=test, **settings)
+    assert run.teacher is None and 'teacher_test_accuracy' not in run.metrics and [h['phase'] for h in run.history] == ['student']*3
+
+def test_without_a_test_set_none_is_reported(teacher):
+    assert not [k for k in distill(model(1), teacher, train, val, **settings).metrics if 'test' in k]
+
+def test_made_teacher_leaves_the_given_one_alone(teacher):
+    before, made = state(teacher), []
+    def make():
+        made.append(model(9, 16)); return made[-1]
+    run = distill(model(1), teacher, train, val, mechanism='both', make_teacher=make, test=test, **settings)
+    assert len(made) == 1 and run.teacher is made[0] and equal(before, state(teacher)) and not equal(state(model(9, 16)), state(made[0]))
+    unused = distill(model(1), teacher, train, val, mechanism='student', make_teacher=make, **settings)
+    assert len(made) == 1 and unused.teacher is teacher
+
+def test_scores_come_when_they_are_due(teacher, monkeypatch):
+    import kd_aif.distill as module
+    calls, real = [], module._score
+    monkeypatch.setattr(module, '_score', lambda m, *args: calls.append(m) or real(m, *args))
+    student = model(1)
+    def scored(mechanism, schedule, **kwargs):
+        calls.clear(); distill(student, teacher, train, val, mechanism=mechanism, schedule=schedule, **settings | dict(epochs=5) | kwargs); return list(calls)
+    assert scored('student', OneShot(after=2)) == [teacher] and scored('both', OneShot(after=2)) == [teacher]
+    assert scored('student', Every(2, start=1)) == [student]*2 and scored('both', Every(2, start=1)) == [teacher]*2
+    assert scored(None, OneShot()) == []
+
+def test_weights_wait_for_their_epoch(teacher):
+    "Before `after` a student trains as the control does, from then on it does not."
+    runs = [distill(model(1), teacher, train, val, mechanism='student', schedule=OneShot(after=a), **settings).history for a in (0, 2)]
+    control = distill(model(1), teacher, MixedBatches(train, val), val, **settings).history
+    assert runs[1][:2] == control[:2] and runs[1][2] != control[2] and runs[0][1] != control[1]
+
+def test_published_form(teacher):
+    run = distill(model(1), teacher, train, val, mechanism='both', schedule=Every(1, start=1), beta=2., update=EMA(.5), **settings)
+    assert isinstance(run.scores, InfluenceScores) and run.calibration is None and 'clean_fraction' not in run.metrics
+    assert float(run.weights.mean()) == pytest.approx(1, abs=1e-4) and run.weights.std() > .01 and run.config['score'] == 'mean'
+
+def test_all_layers_can_be_scored(teacher):
+    run = distill(model(1), teacher, train, val, mechanism='student', last_layer=False, score='mean', **settings | dict(epochs=1))
+    assert run.weights.shape == (N,) and run.scores.score == 'mean'
+
+@pytest.mark.parametrize('mechanism', ['student', 'both'])
+def test_loader_in_a_new_order_in_each_pass(teacher, mechanism):
+    "Weights belong to indices, not to places in a pass."
+    run = distill(model(1), teacher, Loader(train_data, shuffle=True), Loader(val_data, shuffle=True), mechanism=mechanism, **settings)
+    found = torch.zeros(10_000).index_put_((run.index,), run.weights)[train_data['index']]
+    assert run.index.sort().values.tolist() == train_data['index'].sort().values.tolist()
+    assert found[~wrong].mean() > 2*found[wrong].mean()
+
+def test_overlapping_indices_of_training_and_validation_set(teacher):
+    "Two data sets that both count from the same number: the same run as with indices of their own."
+    shared = Loader({**val_data, 'index': train_data['index'][:M]})
+    for kwargs in (dict(mechanism='student'), dict(mechanism='both'), dict(mechanism='student', schedule=Every(1, start=1)), dict(weights=(~wrong).float())):
+        a, b = (distill(s := model(1), copy.deepcopy(teacher), train, v, **settings, **kwargs) for v in (shared, val))
+        assert torch.equal(a.weights, b.weights) and equal(state(a.student), state(b.student)) and equal(state(a.teacher), state(b.teacher))
+
+def test_control_with_overlapping_indices(teacher):
+    "KD on training and validation set, when both count from the same number."
+    runs = [distill(model(1), teacher, MixedBatches(train, v), v, **settings) for v in (Loader({**val_data, 'index': train_data['index'][:M]}), val)]
+    assert equal(state(runs[0].student), state(runs[1].student))
+
+
+# The mixture
+
+@pytest.mark.parametrize('sizes', [(32, 32), (7, 50), (200, 1)])
+def test_mixture_holds_every_sample_once_with_its_own_row(sizes):
+    mixed = MixedBatches(Loader(train_data, sizes[0]), Loader(val_data, sizes[1]), seed=4)
+    whole = {k: torch.cat([train_data[k], val_data[k]]) for k in train_data}
+    place = {int(i): k for k, i in enumerate(whole['index'])}
+    seen = []
+    for epoch in range(2):
+        found = list(mixed)
+        assert len(found) == len(mixed) and all(len(b['index']) == mixed.batch_size for b in found[:-1])
+        epoch = {k: torch.cat([b[k] for b in found]) for k in found[0]}
+        at = torch.tensor([place[int(i)] for i in epoch['index']])
+        assert at.sort().values.tolist() == list(range(N + M)) and torch.equal(epoch['held_out'], at >= N)
+        for k in whole: assert torch.equal(epoch[k], whole[k][at])
+        seen.append(at)
+    assert not torch.equal(*seen)
+    mixed.set_epoch(1)
+    assert torch.equal(torch.cat([b['index'] for b in mixed]), whole['index'][seen[1]])
+
+def test_sets_that_do_not_fit_are_told_so():
+    with pytest.raises(ValueError, match='same keys and shapes, or train_on_val=False'): list(MixedBatches(train, Loader(without(val_data, 'wide'))))
+
+def test_lists_follow_their_samples_or_are_refused():
+    "A column that is a list, such as sentences: its rows stay with the others, or the mixture says that it cannot."
+    class Named(Loader):
+        def __iter__(self):
+            for b in super().__iter__(): yield {**b, 'name': [f'sample {i}' for i in b['index'].tolist()]}
+    try: found = list(MixedBatches(Named(train_data), Named(val_data)))
+    except (ValueError, TypeError) as e: assert 'name' in str(e)
+    else:
+        for b in found: assert b['name'] == [f'sample {i}' for i in b['index'].tolist()]
+
+
+# Weights, and weights of one
+
+@pytest.mark.parametrize('kwargs', [dict(mechanism='student'), dict(mechanism='both', make_teacher=lambda: model(9, 16)), dict(mechanism='student', schedule=OneShot(after=1)), dict(weights=torch.ones(N))],
+                         ids=['student', 'both', 'late', 'given'])
+@pytest.mark.parametrize('train_on_val', [True, False])
+def test_weights_of_one_are_the_plain_run_bit_for_bit(kwargs, train_on_val):
+    "On clean labels nothing is weighted: the run is the control, dropout included."
+    both = MixedBatches(clean, val) if train_on_val else clean
+    teacher = distill(model(9, 16), None, both if train_on_val else MixedBatches(clean, val), val, **settings).student
+    made = distill(model(9, 16), None, both, val, **settings).student if kwargs.get('mechanism') == 'both' else teacher
+    control = distill(model(1), made, both, val, test=test, **settings)
+    run = distill(model(1), teacher, clean, val, train_on_val=train_on_val, test=test, **settings, **kwargs)
+    assert torch.equal(run.weights, torch.ones(N)), 'the example is not clean enough'
+    assert equal(state(control.student), state(run.student)) and equal(state(made), state(run.teacher))
+    assert control.metrics == without(run.metrics, 'clean_fraction', 'all_clean_p_value') and run.metrics.get('all_clean_p_value', 1) > .05
+
+def test_weight_of_zero_is_as_good_as_absent(teacher):
+    "What has no weight may be anything, as long as it is not looked at: labels of weightless samples do not matter without distillation."
+    other = {**train_data, 'y': torch.where(wrong, (train_data['y'] + 1) % C, train_data['y'])}
+    runs = [distill(model(1), teacher, Loader(d), val, weights=(~wrong).float(), **settings) for d in (train_data, other)]
+    assert equal(state(runs[0].student), state(runs[1].student))
+    assert torch.equal(runs[0].weights, (~wrong).float())
+
+def test_weights_are_in_the_order_of_the_loader(teacher):
+    "Another order of samples with the weights in that order: the same objective."
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(3))
+    w = (~wrong).float()
+    whole = dict(train_on_val=False, **settings | dict(epochs=2))
+    a = distill(plain_net(), None, Loader(train_data, N), val, weights=w, **whole)
+    b = distill(plain_net(), None, Loader({k: v[order] for k, v in train_data.items()}, N), val, weights=w[order], **whole)
+    c = distill(plain_net(), None, Loader(train_data, N), val, weights=w[order], **whole)
+    close = lambda p, q: all(torch.allclose(u, v, atol=1e-5) for u, v in zip(p.student.parameters(), q.student.parameters()))
+    assert close(a, b) and not close(a, c)
+
+def plain_net():
+    net = model(1); net.drop.p = 0.
+    return net
+
+
+# One step by hand
+
+def test_one_step_is_the_documented_loss(teacher):
+    "(1/b) Σ wᵢ ((1 − α) CE + α T² KL), one step of the optimiser that the caller makes."
+    w = torch.rand(N, generator=torch.Generator().manual_seed(0))*2
+    batch = next(iter(Loader(train_data, N)))
+    class Fixed(torch.optim.SGD):
+        "An optimiser of the caller's own: whatever the schedule says, a step of 0.1"
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in self.param_groups[0]['params']: p -= .1*p.grad
+    student, by_hand = plain_net(), plain_net()
+    distill(student, teacher, Loader(train_data, N), val, weights=w, train_on_val=False, T=2., make_optimizer=lambda p, lr: Fixed(p, lr=lr), **settings | dict(epochs=1, alpha=.3))
+    by_hand.train(); teacher.eval()
+    (w*distill_loss(forward(by_hand, batch), forward(teacher, batch).detach(), batch['y'], 2., .3, 'none')).mean().backward()
+    for p, q in zip(student.parameters(), by_hand.parameters()): assert torch.allclose(p, q - .1*q.grad, atol=1e-6)
+
+@pytest.mark.parametrize('steps', range(1, 12))
+def test_any_number_of_steps(steps):
+    "Also runs of very few steps have a learning-rate schedule."
+    assert len(distill(model(1), None, Loader(train_data, N), val, **settings | dict(epochs=steps)).history) == steps
+
+@pytest.mark.parametrize('name', ['AdamW', 'RMSprop', 'Adagrad'])
+def test_optimisers_of_the_caller(teacher, name):
+    student = model(1)
+    distill(student, teacher, train, val, make_optimizer=lambda p, lr: getattr(torch.optim, name)(p, lr=lr), **settings)
+    assert not equal(state(student), state(model(1)))
+
+
+# Reproducibility
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(mechanism='student'), dict(mechanism='both'), dict(mechanism='both', schedule=Every(1, start=1))], ids=['plain', 'student', 'both', 'every'])
+def test_same_seed_same_bits_and_the_global_generators_are_left_alone(trained, kwargs):
+    import random, numpy as np
+    runs = []
+    for disturbance in (1, 2):
+        torch.manual_seed(disturbance); np.random.seed(disturbance); random.seed(disturbance)
+        before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+        runs.append(distill(model(1), copy.deepcopy(trained), Loader(train_data), Loader(val_data), seed=5, test=test, **settings, **kwargs))
+        assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all() and before[2] == random.getstate()
+    a, b = runs
+    assert equal(state(a.student), state(b.student)) and equal(state(a.teacher), state(b.teacher)) and torch.equal(a.weights, b.weights)
+    assert a.metrics == b.metrics and a.history == b.history
+    other = distill(model(1), copy.deepcopy(trained), Loader(train_data), Loader(val_data), seed=6, **settings, **kwargs)
+    assert not equal(state(a.student), state(other.student))
+
+def test_frozen_parameters_stay(teacher):
+    student = model(1); student.left.requires_grad_(False)
+    before = state(student.left)
+    distill(student, teacher, train, val, mechanism='student', **settings)
+    assert equal(before, state(student.left))
+
+def test_run_and_schedules_are_frozen(teacher):
+    with pytest.raises(FrozenInstanceError): OneShot().after = 3
+    with pytest.raises(FrozenInstanceError): distill(model(1), None, train, val, **settings | dict(epochs=2)).metrics = {}
+
+
+# Faults
+
+def changed(data, key, at, value):
+    v = data[key].clone(); v[at] = value
+    return Loader({**data, key: v})
+
+class Empty:
+    def __iter__(self): return iter(())
+
+FAULTS = {
+    'alpha above 1': (dict(alpha=1.2), 'alpha is 1.2'), 'alpha below 0': (dict(alpha=-.1), 'alpha is -0.1'), 'alpha NaN': (dict(alpha=float('nan')), 'alpha is nan'),
+    'T zero': (dict(T=0.), 'T is 0'), 'T negative': (dict(T=-1.), 'T is -1'), 'lr': (dict(lr=0.), 'lr is 0'), 'epochs': (dict(epochs=0), 'epochs is 0'),
+    'mechanism': (dict(mechanism='teacher'), "mechanism is 'teacher'; use None, 'student' or 'both'"), 'no teacher': (dict(teacher=None), 'teacher is None'),
+    'teacher classes': (dict(teacher=model(0, 8, 4)), 'teacher has 4 classes, the student 3'),
+    'made teacher classes': (dict(mechanism='both', make_teacher=lambda: model(0, 8, 4)), 'same number of classes'),
+    'train empty': (dict(train=Empty()), 'train is empty'), 'val empty': (dict(val=Empty()), 'val is empty'), 'val list empty': (dict(val=[]), 'val is empty'),
+    'test empty': (dict(test=[]), 'test is empty'), 'test labels': (dict(test=changed(test_data, 'y', 3, C)), r'test: labels from 0 to 3.*in \[0, 3\)'),
+    'train NaN': (dict(train=changed(train_data, 'narrow', (7, 1), float('nan'))), rf"train: batch\['narrow'\] has NaN.*index {int(train_data['index'][7])}"),
+    'val infinite': (dict(val=changed(val_data, 'wide', 40, float('inf'))), rf"val: batch\['wide'\] has NaN or infinite.*index {int(val_data['index'][40])}"),
+    'train labels': (dict(train=changed(train_data, 'y', 149, C)), r'train: labels from 0 to 3.*in \[0, 3\)'), 'val labels': (dict(val=changed(val_data, 'y', 0, -1)), 'val: labels from -1'),
+    'label type': (dict(train=Loader({**train_data, 'y': train_data['y'].float()})), r"batch\['y'\] is torch.float32.*int64"),
+    'train index': (dict(train=Loader(without(train_data, 'index'))), "no 'index'"), 'val index': (dict(val=[without(val_data, 'index')]), "val: batches have no 'index'"),
+    'train y': (dict(train=[without(train_data, 'y')]), "train: batches have no 'y'"), 'index twice': (dict(train=changed(train_data, 'index', 3, int(train_data['index'][4]))), '150 samples have 149 different indices'),
+    'index below 0': (dict(train=changed(train_data, 'index', 3, -3)), 'index of 0 or more'),
+    'tuples': (dict(train=[(train_data['wide'], train_data['y'])]), 'batches are tuple; yield a dict'), 'val tuples': (dict(val=[(val_data['wide'], val_data['y'])]), 'batches are tuple; yield a dict'),
+    'weights length': (dict(mechanism=None, weights=torch.ones(N - 1)), '149 entries for 150 training samples'), 'weights NaN': (dict(mechanism=None, weights=torch.full((N,), float('nan'))), 'weights must be finite'),
+    'weights negative': (dict(mechanism=None, weights=-torch.ones(N)), 'not negative'), 'weights zero': (dict(mechanism=None, weights=torch.zeros(N)), 'not all zero'),
+    'weights and mechanism': (dict(weights=torch.ones(N)), 'exclude each other'), 'folds': (dict(folds=1), 'folds is 1'), 'too many folds': (dict(folds=M + 1), 'folds is 91 for 90'),
+    'score': (dict(score='x'), "score is 'x'"), 'score with beta': (dict(beta=1., score='loss'), "score is 'loss'.*'mean'"), 'beta': (dict(beta=-1.), 'beta is -1'),
+    'transform': (dict(beta=1., transform='x'), "transform is 'x'"),
+    'late schedule': (dict(schedule=OneShot(after=3)), 'never due in 3 epochs'), 'schedule type': (dict(schedule='oneshot'), "schedule is 'oneshot'"),
+    'part of an epoch': (dict(epochs=1.5), 'epochs is 1.5'), 'generator': (dict(train=(b for b in [train_data])), 'train is a generator'), 'mixture scored': (dict(train=MixedBatches(train, val)), 'train holds validation samples'),
+    'made teacher unused': (dict(mechanism='both', schedule=Every(1, 1), make_teacher=lambda: model(9, 16)), 'make_teacher'),
+    'no logits': (dict(forward=lambda m, b: m(b)), r'student returns dict; logits \(samples, classes\) are needed: give forward')}
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_faults_are_named_before_anything_is_trained(teacher, fault):
+    change, message = FAULTS[fault]
+    student = model(1)
+    before, modes = (state(student), state(teacher)), [m.training for m in [*student.modules(), *teacher.modules()]]
+    rng = torch.get_rng_state()
+    with pytest.raises((ValueError, TypeError), match=message):
+        distill(**(dict(student=student, teacher=teacher, train=train, val=val, mechanism='student') | settings | change))
+    assert equal(before[0], state(student)) and equal(before[1], state(teacher)), 'trained in spite of the fault'
+    assert modes == [m.training for m in [*student.modules(), *teacher.modules()]] and all(p.grad is None for p in student.parameters())
+    assert torch.equal(rng, torch.get_rng_state())
+
+def test_model_without_forward_is_told_what_to_do():
+    with pytest.raises(KeyError, match='forward=lambda model, batch'): distill(model(), None, train, val, progress=False)
+
+@pytest.mark.parametrize('make, message', [(lambda: Every(0), 'k is 0'), (lambda: Every(1, -1), 'start is -1'), (lambda: OneShot(-1), 'after is -1'), (lambda: Every(1.5), 'k is 1.5'), (lambda: EMA(2.), 'm is 2')])
+def test_schedules_and_updates_are_checked_where_they_are_made(make, message):
+    with pytest.raises(ValueError, match=message): make()
+
+def test_huge_indices_cost_nothing(teacher):
+    "An index may be a hash."
+    far = Loader({**train_data, 'index': train_data['index'] + 10**15})
+    a, b = (distill(model(1), teacher, t, val, mechanism='student', **settings) for t in (far, train))
+    assert torch.equal(a.weights, b.weights) and equal(state(a.student), state(b.student))
+
+def test_too_large_steps_are_told_so():
+    with pytest.raises(ValueError, match='the loss is not finite in epoch.*smaller lr'): distill(model(), None, train, val, **settings | dict(lr=1e30))
+
+def test_checks_alone():
+    index, y = check_batches('data', train, C)
+    assert torch.equal(index, train_data['index']) and torch.equal(y, train_data['y'])
+    net = model(2, classes=7).train(); before = state(net)
+    assert count_classes(net, next(iter(train)), forward) == 7 and net.training and equal(before, state(net))
+
+def test_evaluation_by_hand():
+    net = model(2).train(); before = state(net)
+    found = evaluate(net, Loader(test_data, 7), forward)
+    assert net.training and equal(before, state(net))
+    net.eval()
+    with torch.no_grad(): logits = forward(net, test_data)
+    right = logits.argmax(1) == test_data['y']
+    assert found['accuracy'] == pytest.approx(float(right.float().mean())) and found['loss'] == pytest.approx(float(batch_cross_entropy(logits, test_data).mean()), rel=1e-5)
+    assert found['per_class_accuracy'] == pytest.approx([float(right[test_data['y'] == c].float().mean()) for c in range(C)])
+    assert evaluate(net, [{k: v[test_data['y'] != 1] for k, v in test_data.items()}], forward)['per_class_accuracy'][1] is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
+@pytest.mark.parametrize('kwargs', [dict(mechanism='student'), dict(mechanism='both'), dict(mechanism='student', schedule=Every(1, start=1)), dict(weights=(~wrong).float())], ids=['student', 'both', 'every', 'given'])
+def test_gpu_does_what_the_cpu_does(trained, kwargs):
+    "Batches stay where they are made; models, weights and scores meet on the model's device."
+    def run(device):
+        student = plain_net().to(device)
+        return distill(student, copy.deepcopy(trained).to(device), train, val, test=test, **settings, **kwargs)
+    try: here, there = run('cpu'), run('cuda')
+    finally: torch.cuda.empty_cache()
+    assert next(there.student.parameters()).is_cuda and not there.weights.is_cuda and torch.equal(here.index, there.index)
+    assert here.metrics['test_accuracy'] == pytest.approx(there.metrics['test_accuracy'], abs=.1)
+    assert torch.allclose(here.weights, there.weights, atol=.2)
