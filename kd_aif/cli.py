@@ -202,8 +202,13 @@ def _plain_errors():
     "Print the message of an input error and leave with code 2"
     warnings.filterwarnings('ignore', message='.*torch.jit.script.*') # PyTorch's own, from its first forward-mode product
     try: yield
-    except (ValueError, TypeError, FileNotFoundError) as e:
+    except (ValueError, TypeError, OSError) as e:
         print(f'error: {e}', file=sys.stderr); raise SystemExit(2) from None
+
+def _check_folder(out):
+    "The nearest existing part of the path must be a folder"
+    existing = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
+    if not existing.is_dir(): raise ValueError(f"out is {str(out)!r}, but {existing} is a file; give a folder")
 
 def _row(record):
     "A record in one line"
@@ -236,8 +241,10 @@ def kd_aif_run(
     "Train methods on a data set, one record per run; runs that have a record are skipped"
     with _plain_errors():
         if seeds < 1: raise ValueError(f"seeds is {seeds}; give 1 or more")
+        if threads is not None and threads < 1: raise ValueError(f"threads is {threads}; give 1 or more")
         if threads: torch.set_num_threads(threads)
-        methods = [m.strip() for m in method.split(',')]
+        _check_folder(out)
+        methods = list(dict.fromkeys(m.strip() for m in method.split(',')))
         if unknown := [m for m in methods if m not in RUNNERS]: raise ValueError(f"method is {', '.join(unknown)}; use {', '.join(RUNNERS)}")
         records = []
         for seed in range(first_seed, first_seed + seeds):
@@ -271,6 +278,7 @@ def kd_aif_quickstart(
     "Distil on scikit-learn's digits with 30 % wrong labels, with and without weights, and write a report"
     with _plain_errors():
         if seeds < 1: raise ValueError(f"seeds is {seeds}; give 1 or more")
+        _check_folder(out)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)                                     # small nets: a second thread costs more than it brings
         out, records, first = Path(out), [], None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['generator', 'seed_everything', 'default_device', 'to_device', 'evaluating', 'plain', 'atomic_path', 'atomic_write',
-           'cache_dir', 'Stopwatch', 'peak_memory', 'check_fraction', 'check_positive']
+           'cache_dir', 'bar_options', 'Stopwatch', 'peak_memory', 'check_fraction', 'check_positive']
 
 # %% ../nbs/00_core.ipynb #00-core-002
 import hashlib, json, math, operator, os, random, secrets, sys
@@ -107,6 +107,13 @@ def cache_dir()->Path: # the folder; made by whoever writes into it
     return Path(os.environ.get('KD_AIF_CACHE') or '~/.cache/kd_aif').expanduser()
 
 # %% ../nbs/00_core.ipynb #00-core-039
+def bar_options(
+    progress:bool, # show a bar
+)->dict: # options for `tqdm`
+    "Options of `tqdm.auto.tqdm` for a bar that is shown or not; a bar that may be shown can still be turned off by the environment."
+    return {} if progress else dict(disable=True)
+
+# %% ../nbs/00_core.ipynb #00-core-042
 class Stopwatch:
     "Seconds by phase: `with watch('teacher'): ...`; phases of the same name add up."
     def __init__(self):
@@ -133,7 +140,7 @@ class Stopwatch:
 def _synchronise():
     if torch.cuda.is_available() and torch.cuda.is_initialized(): torch.cuda.synchronize()
 
-# %% ../nbs/00_core.ipynb #00-core-043
+# %% ../nbs/00_core.ipynb #00-core-046
 def peak_memory()->float: # MiB; NaN on a system that does not report it
     "The highest memory use so far: allocated by PyTorch on the GPU if it was used, else resident in this process."
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -143,7 +150,7 @@ def peak_memory()->float: # MiB; NaN on a system that does not report it
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident / (2**20 if sys.platform == 'darwin' else 2**10) # bytes on macOS, KiB on Linux
 
-# %% ../nbs/00_core.ipynb #00-core-047
+# %% ../nbs/00_core.ipynb #00-core-050
 def _number(name, value):
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f'{name} is {value!r}, a {type(value).__name__}: give a plain number, such as {name}=0.5')
@@ -159,7 +166,7 @@ def check_fraction(
         raise ValueError(f'{name} is {value!r}: {remedy or "give a number from 0 to 1"}')
     return value
 
-# %% ../nbs/00_core.ipynb #00-core-049
+# %% ../nbs/00_core.ipynb #00-core-052
 def check_positive(
     name:str, # the argument as the caller wrote it
     value:float, # its value

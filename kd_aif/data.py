@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from .core import atomic_path, cache_dir, check_fraction, generator
+from .core import atomic_path, bar_options, cache_dir, check_fraction, generator
 
 # %% ../nbs/02_data.ipynb #02-data-006
 @dataclass(frozen=True, eq=False, repr=False)
@@ -212,7 +212,7 @@ def _decode_all(rows, title, progress, threads=None):
     x = None
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         images = pool.map(_decode, rows)
-        with tqdm(total=len(rows), desc=f'decoding {title}', disable=not progress, unit=' images') as bar:
+        with tqdm(total=len(rows), desc=f'decoding {title}', unit=' images', **bar_options(progress)) as bar:
             for i in range(len(rows)):
                 try: image = next(images)
                 except Exception as e: raise ValueError(f"{title}: the image of row {i} cannot be decoded ({e}); get the file again") from e

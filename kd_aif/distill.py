@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from .core import Stopwatch, check_fraction, check_positive, evaluating, generator, plain, to_device
+from .core import Stopwatch, bar_options, check_fraction, check_positive, evaluating, generator, plain, to_device
 from .curvature import batch_rows
 from .influence import SCORES, CrossScores, InfluenceScores, cross_scores, influence_scores, stratified_folds
 from .losses import batch_cross_entropy, distill_loss, weighted_mean
@@ -176,7 +176,7 @@ class _Learner:
     def __init__(self, model, make_optimizer, lr, steps):
         self.model, self.optimizer = model, make_optimizer([p for p in model.parameters() if p.requires_grad], lr)
         momentum = any(k in self.optimizer.defaults for k in ('momentum', 'betas'))
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, total_steps=max(2, steps), pct_start=.2, cycle_momentum=momentum)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, total_steps=max(2, steps), pct_start=.2 if steps != 5 else .3, cycle_momentum=momentum) # PyTorch divides by 0.2·5 − 1
 
     def step(self, loss):
         self.optimizer.zero_grad(set_to_none=True); loss.backward(); self.optimizer.step()
@@ -204,7 +204,7 @@ def _fit(student, teacher, batches, weights, *, epochs, lr, make_optimizer, T, a
     "Train the student (and the teacher along with it, if it learns) under the weights; returns a list of one dict per epoch"
     steps, device, history = epochs*_steps(batches), _device(student), []
     learner, mentor = _Learner(student, make_optimizer, lr, steps), _Learner(teacher, make_optimizer, lr, steps) if teacher_learns else None
-    bar = tqdm(range(epochs), desc=title, disable=not progress)
+    bar = tqdm(range(epochs), desc=title, **bar_options(progress))
     with torch.random.fork_rng(): # dropout and the like
         torch.manual_seed(seed)
         for epoch in bar:
@@ -339,7 +339,7 @@ def distill(
     Raises `ValueError`/`TypeError` before any training for bad data, mismatched classes, settings out of range or weights of the wrong length."""
     config = dict(mechanism=mechanism, schedule=schedule, train_on_val=train_on_val, epochs=epochs, lr=lr, T=T, alpha=alpha, beta=beta, transform=transform,
         score=score or ('local+loss' if beta == 'calibrated' else 'mean'), update=update, folds=folds, solver=solver, last_layer=last_layer, seed=seed)
-    index = _check_settings(student, teacher, train, val, weights, make_teacher, forward, config)
+    index = _check_settings(student, teacher, train, val, test, weights, make_teacher, forward, config)
     table, clock, found, history = SampleWeights(len(index), transform, beta, update), Stopwatch(), [], []
     if weights is not None: table.values = weights.float()
     lookup = _WeightTable(index, table.values, _device(student))
@@ -388,7 +388,7 @@ def _check_schedule(teacher, weights, make_teacher, config):
     if mechanism and config['beta'] == 'calibrated' and not config['train_on_val'] and isinstance(schedule, Every):
         warnings.warn("train_on_val=False with calibrated weights: the model in training sees the training samples but not the validation samples, so wrong labels look better than they are")
 
-def _check_settings(student, teacher, train, val, weights, make_teacher, forward, config):
+def _check_settings(student, teacher, train, val, test, weights, make_teacher, forward, config):
     "Everything that can be known to be wrong before training; returns the training samples' index"
     check_fraction('alpha', config['alpha']); check_positive('T', config['T']); check_positive('lr', config['lr']); _check_epochs(epochs=(config['epochs'], 1))
     _check_schedule(teacher, weights, make_teacher, config)
@@ -402,6 +402,7 @@ def _check_settings(student, teacher, train, val, weights, make_teacher, forward
         for model in (student, teacher) if mechanism and config['last_layer'] else (): features_and_logits(model, to_device(first, _device(model)), forward)
     index, _ = check_batches('train', plain(train), c)
     _, val_y = check_batches('val', plain(val), c)
+    if test is not None: check_batches('test', plain(test), c)
     if config['beta'] == 'calibrated' and config['score'] not in SCORES: raise ValueError(f"score is {config['score']!r}; use one of {', '.join(SCORES)}")
     if config['beta'] != 'calibrated' and config['score'] not in ('mean', 'local'): raise ValueError(f"score is {config['score']!r}; with a number for beta use 'mean' (published) or 'local'")
     if mechanism: stratified_folds(val_y, config['folds'])

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp
 from tqdm.auto import tqdm
-from .core import atomic_path, evaluating, generator, to_device
+from .core import atomic_path, bar_options, evaluating, generator, to_device
 from .curvature import FlatModel, GaussNewton, batch_rows, mean_gradient, sample_batches, sample_mask
 from .losses import batch_cross_entropy
 from .models import features_and_logits, last_linear
@@ -36,7 +36,7 @@ def directional_scores(
     theta, values, index = flat.theta, [], []
     columns = s.reshape(len(s), -1).T.contiguous()
     with evaluating(flat.model), torch.no_grad():
-        for batch in tqdm(batches, desc='scoring', leave=False, disable=not progress):
+        for batch in tqdm(batches, desc='scoring', leave=False, **bar_options(progress)):
             batch = to_device(batch, flat.device)
             losses = lambda t: flat.losses(t, batch)
             values.append(torch.stack([jvp(losses, (theta,), (column,))[1] for column in columns], 1).cpu())
@@ -101,6 +101,10 @@ class InfluenceScores:
 
 # %% ../nbs/07_influence.ipynb #07-influence-011
 TARGETS = ('mean', 'class', 'local')
+
+def _check_some(name, batches):
+    for batch in batches: return
+    raise ValueError(f"{name}: no sample; give at least one batch, in a list or another re-iterable")
 
 def _check_target(target):
     if target not in TARGETS: raise ValueError(f"target is {target!r}; use 'mean', 'class' or 'local'")
@@ -189,7 +193,7 @@ def last_layer_view(
     device, layer, parts, n = next(model.parameters()).device, None, [], 0
     chosen = sample_mask(sum(len(b['index']) for b in batches), max_bend) if max_bend else None
     with evaluating(model), torch.no_grad():
-        for batch in tqdm(batches, desc='last layer', leave=False, disable=not progress):
+        for batch in tqdm(batches, desc='last layer', leave=False, **bar_options(progress)):
             batch = to_device(batch, device)
             layer = layer or last_linear(model, batch, forward)[1]
             parts.append(_view_of_batch(model, layer, loss, batch, forward, None if chosen is None else chosen[n:n + len(batch['index'])], n))
@@ -258,6 +262,7 @@ def influence_scores(
     """∇L_V(θ)ᵀ(G + λI)⁻¹∇ℓ_i(θ) of every training sample: an estimate of n·(L_V after leaving i out and refitting − L_V).
     Raises `ValueError` for an unknown `target`, an empty set, or a solve that fails. Koh and Liang (2017), eq. 2, with the sign turned."""
     _check_target(target)
+    for name, batches in (('train', train), ('val', val)): _check_some(name, batches)
     if last_layer: return _last_layer_scores(model, loss, train, val, solver, target, val_loss, forward, progress)
     times, flat, flat_val = [perf_counter()], FlatModel(model, loss, forward), FlatModel(model, val_loss or loss, forward)
     b = mean_gradient(flat_val, val) if target == 'mean' else class_gradients(flat_val, val, _probabilities(flat, val)[0].shape[1])

@@ -39,7 +39,7 @@ def balanced(
 
 # %% ../nbs/08_weights.ipynb #08-weights-007
 def _sigmoid(s, beta): return torch.sigmoid(beta*(s - s.mean())/s.std(correction=0).clamp_min(1e-12))
-def _exp_minmax(s, beta): return torch.exp(beta*(2*(s - s.min())/(s.max() - s.min()).clamp_min(1e-12) - 1))
+def _exp_minmax(s, beta): return torch.exp(2*beta*((s - s.max())/(s.max() - s.min()).clamp_min(1e-12)))
 def _relu(s, beta): return s.clamp_min(0)
 def _rank(s, beta): return (torch.searchsorted(s.sort().values, s).double()/len(s))**beta
 

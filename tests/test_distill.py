@@ -69,6 +69,7 @@ def without(batch, *keys): return {k: v for k, v in batch.items() if k not in ke
 
 # Mechanisms and schedules
 
+@pytest.mark.filterwarnings('ignore:train_on_val=False')
 @pytest.mark.parametrize('train_on_val', [True, False])
 @pytest.mark.parametrize('schedule', [OneShot(), OneShot(after=2), Every(1, start=1), Every(2, start=0)], ids=str)
 @pytest.mark.parametrize('mechanism', ['student', 'both'])
@@ -92,6 +93,10 @@ def test_wrong_labels_lose_weight_and_the_student_gains(teacher):
     run = distill(model(1), teacher, train, val, mechanism='student', test=test, **settings)
     assert run.weights[~wrong].mean() > 2*run.weights[wrong].mean()
     assert abs(run.metrics['clean_fraction'] - float((~wrong).double().mean())) < .15
+
+def test_unequal_treatment_of_both_sets_is_said(teacher):
+    with pytest.warns(UserWarning, match='train_on_val=False with calibrated weights'):
+        distill(model(1), teacher, train, val, mechanism='student', schedule=Every(1, start=1), train_on_val=False, **settings)
 
 def test_plain_distillation(teacher):
     before, student = state(teacher), model(1)

@@ -141,7 +141,7 @@ def test_conjugate_gradients_agree_with_the_dense_solve(last_layer):
     assert found.residual < 1e-11 and found.products > 0
     same(found.values, score(model, train, val, last_layer=last_layer).values)
 
-def test_the_curvature_sample_does_not_depend_on_batches(tmp_path):
+def test_the_curvature_sample_does_not_depend_on_batches():
     model, train, val = made(4, n=60)
     for last_layer in (False, True):
         few = [score(model, train, val, Exact(damping=.1, n_samples=20), size=s, last_layer=last_layer).values for s in (100, 7)]
