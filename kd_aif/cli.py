@@ -77,11 +77,14 @@ def make_task(
     if task.noise not in NOISES: raise ValueError(f"noise is {task.noise!r}; use one of {', '.join(NOISES)}")
     check_positive('T', task.T); check_positive('lr', task.lr); check_fraction('alpha', task.alpha); check_fraction('rate', task.rate)
     if task.epochs < 1: raise ValueError(f"epochs is {task.epochs}; give 1 or more")
-    if task.imbalance < 1: raise ValueError(f"imbalance is {task.imbalance}; give the size of the largest class over that of the smallest, 1 or more")
+    if task.imbalance < 1:
+        raise ValueError(f"imbalance is {task.imbalance}; give the size of the largest class over that of the smallest, 1 or more")
     allowed = SCORES if task.beta == 'calibrated' else ('mean', 'local')
     if task.beta != 'calibrated' and not task.beta >= 0: raise ValueError(f"beta is {task.beta}; give a strength of 0 or more")
-    if task.score is not None and task.score not in allowed: raise ValueError(f"score is {task.score!r}; with beta={task.beta!r} use one of {', '.join(allowed)}")
-    if (task.noise == 'none') != (task.rate == 0): raise ValueError(f"noise is {task.noise!r} with rate {task.rate}; give both, such as noise='symmetric' and rate=0.4, or neither")
+    if task.score is not None and task.score not in allowed:
+        raise ValueError(f"score is {task.score!r}; with beta={task.beta!r} use one of {', '.join(allowed)}")
+    if (task.noise == 'none') != (task.rate == 0):
+        raise ValueError(f"noise is {task.noise!r} with rate {task.rate}; give both, such as noise='symmetric' and rate=0.4, or neither")
     return task
 
 # %% ../nbs/14_cli.ipynb #14-cli-009
@@ -99,6 +102,7 @@ def task_data(
     if task.noise != 'none': train = dict(symmetric=symmetric_noise, asymmetric=asymmetric_noise)[task.noise](train, task.rate, task.seed)
     return train, val, test
 
+# %% ../nbs/14_cli.ipynb #14-cli-010
 def describe_data(
     task:Task, # the task
     train, val, test # its sets
@@ -108,7 +112,7 @@ def describe_data(
     return dict(name=task.dataset, fingerprint=train.fingerprint, rows=dict(train=len(train), val=len(val), test=len(test)), noise=noise,
         imbalance=task.imbalance, note=train.note)
 
-# %% ../nbs/14_cli.ipynb #14-cli-012
+# %% ../nbs/14_cli.ipynb #14-cli-013
 def _loaders(task, train, val):
     make = lambda data: ImageBatches(data, task.batch_size, augmentation_for(task.dataset), seed=task.seed)
     return make(train), make(val)
@@ -124,6 +128,7 @@ def _code_fingerprint():
     "Hash of the modules that decide how a model is trained"
     return hashlib.sha256(b''.join((Path(kd_aif.__file__).parent/f'{m}.py').read_bytes() for m in ('core', 'data', 'models', 'losses', 'distill'))).hexdigest()[:16]
 
+# %% ../nbs/14_cli.ipynb #14-cli-014
 def trained_teacher(
     task:Task, # the task
     train, val, # its training and validation set
@@ -143,7 +148,7 @@ def trained_teacher(
     save_model(model, path); atomic_write(clock, json.dumps(dict(seconds=run.seconds['student'])))
     return model, run.seconds['student']
 
-# %% ../nbs/14_cli.ipynb #14-cli-014
+# %% ../nbs/14_cli.ipynb #14-cli-016
 def run_task(
     task:Task, # what to run
     method:str, # 'ce', 'kd', 'kd_val', 'kd_aif_student' or 'kd_aif_both'
@@ -168,7 +173,7 @@ def run_task(
     if out is not None: save_record(record, out)
     return record, run
 
-# %% ../nbs/14_cli.ipynb #14-cli-015
+# %% ../nbs/14_cli.ipynb #14-cli-017
 def _run_metrics(run, train):
     "Metrics of the run, and what is known of its weights"
     metrics = dict(run.metrics, true_clean_fraction=1 - float(train.wrong.double().mean()))
@@ -185,6 +190,7 @@ def _run_plain(task, train, val, test, teachers, progress, with_val=False, teach
     run = distill(student, mentor, MixedBatches(t, v, task.seed) if with_val else t, v, test=test, progress=progress, **_settings(task))
     return run, (dict(teacher=spent) if teacher else {}) | run.seconds
 
+# %% ../nbs/14_cli.ipynb #14-cli-018
 def _run_aif(task, train, val, test, teachers, progress, mechanism):
     "KD-AIF with one of its mechanisms"
     (t, v), student = _loaders(task, train, val), _new_model(task, 'student', train)
@@ -196,7 +202,7 @@ def _run_aif(task, train, val, test, teachers, progress, mechanism):
 RUNNERS = dict(ce=partial(_run_plain, teacher=False), kd=_run_plain, kd_val=partial(_run_plain, with_val=True),
     kd_aif_student=partial(_run_aif, mechanism='student'), kd_aif_both=partial(_run_aif, mechanism='both'))
 
-# %% ../nbs/14_cli.ipynb #14-cli-019
+# %% ../nbs/14_cli.ipynb #14-cli-022
 @contextmanager
 def _plain_errors():
     "Print the message of an input error and leave with code 2"
@@ -205,18 +211,25 @@ def _plain_errors():
     except (ValueError, TypeError, OSError) as e:
         print(f'error: {e}', file=sys.stderr); raise SystemExit(2) from None
 
+# %% ../nbs/14_cli.ipynb #14-cli-023
 def _check_folder(out):
     "The nearest existing part of the path must be a folder"
     existing = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
     if not existing.is_dir(): raise ValueError(f"out is {str(out)!r}, but {existing} is a file; give a folder")
 
+def _form(record):
+    "Method, with the strength of its weights when they are not the calibrated ones"
+    beta = record.config.get('beta', 'calibrated')
+    return record.method if beta == 'calibrated' else f'{record.method} (beta={beta:g})'
+
 def _row(record):
     "A record in one line"
     m = record.metrics
-    extra = [f"{label} {m[key]:.3f}" for key, label in (('clean_fraction', 'share of clean labels'), ('true_clean_fraction', 'true'), ('weight_auc', 'AUC')) if m.get(key) is not None and 'clean_fraction' in m]
-    return f"{record.method:15s} seed {record.seed}  test accuracy {m['test_accuracy']:.2%}  {sum(record.seconds.values()):6.1f} s  {'  '.join(extra)}".rstrip()
+    shown = dict(clean_fraction='share of clean labels', true_clean_fraction='true', weight_auc='AUC') if 'clean_fraction' in m else {}
+    extra = [f"{label} {m[key]:.3f}" for key, label in shown.items() if m.get(key) is not None]
+    return f"{_form(record):23s} seed {record.seed}  test accuracy {m['test_accuracy']:.2%}  {sum(record.seconds.values()):6.1f} s  {'  '.join(extra)}".rstrip()
 
-# %% ../nbs/14_cli.ipynb #14-cli-021
+# %% ../nbs/14_cli.ipynb #14-cli-025
 @call_parse
 def kd_aif_run(
     dataset:str='digits', # data set: digits, cifar10, cifar100 or svhn
@@ -245,7 +258,8 @@ def kd_aif_run(
         if threads: torch.set_num_threads(threads)
         _check_folder(out)
         methods = list(dict.fromkeys(m.strip() for m in method.split(',')))
-        if unknown := [m for m in methods if m not in RUNNERS]: raise ValueError(f"method is {', '.join(unknown)}; use {', '.join(RUNNERS)}")
+        if unknown := [m for m in methods if m not in RUNNERS]:
+            raise ValueError(f"method is {', '.join(unknown)}; use {', '.join(RUNNERS)}")
         records = []
         for seed in range(first_seed, first_seed + seeds):
             task = make_task(dataset, tier, noise=noise, rate=rate, imbalance=imbalance, teacher=teacher, student=student, epochs=epochs, beta=beta, score=score, seed=seed)
@@ -255,7 +269,7 @@ def kd_aif_run(
                 print(f"{_row(record)}  {'written' if run else 'already there'}: {record.path(out)}", flush=True)
         print(); print(summary_table(records))
 
-# %% ../nbs/14_cli.ipynb #14-cli-023
+# %% ../nbs/14_cli.ipynb #14-cli-027
 def quickstart_sections(
     records, # list of `Record` of the quickstart
     run, # `Run` of KD-AIF, mechanism 'both', of the first seed
@@ -268,7 +282,7 @@ def quickstart_sections(
     return [('What was done', [intro]), *report_sections(records),
         ('The most and the least helpful images', [run.calibration, "Given label, true label if it is another, and score.", helpful])]
 
-# %% ../nbs/14_cli.ipynb #14-cli-024
+# %% ../nbs/14_cli.ipynb #14-cli-028
 @call_parse
 def kd_aif_quickstart(
     out:str='quickstart', # folder for report, table and records
@@ -285,18 +299,18 @@ def kd_aif_quickstart(
         scratch = tempfile.TemporaryDirectory()                     # teachers are trained anew, and shared by the methods
         try:
             for seed in range(seeds):
-                task = make_task('digits', noise='symmetric', rate=.3, epochs=epochs, seed=seed)
-                for method in RUNNERS:
+                for method, beta in [*((m, None) for m in RUNNERS), ('kd_aif_student', 1.)]: # the last: sigmoid weights, as published
+                    task = make_task('digits', noise='symmetric', rate=.3, epochs=epochs, beta=beta, seed=seed)
                     record, run = run_task(task, method, 'quickstart', out/'results', force=True, teachers=scratch.name)
                     records.append(record); print(_row(record), flush=True)
                     if method == 'kd_aif_both' and seed == 0: first = run, task_data(task, progress=False)[0]
         finally: torch.set_num_threads(threads); scratch.cleanup()
-        rows = [dict(method=r.method, seed=r.seed, test_accuracy=r.metrics['test_accuracy'], seconds=sum(r.seconds.values())) for r in records]
+        rows = [dict(method=_form(r), seed=r.seed, test_accuracy=r.metrics['test_accuracy'], seconds=sum(r.seconds.values())) for r in records]
         atomic_write(out/'summary.json', json.dumps(rows, indent=1) + '\n')
         report = html_report(out/'report.html', 'kd_aif quickstart: digits with 30 % wrong labels', quickstart_sections(records, *first))
         print(); print(summary_table(records)); print(f'\nreport: {report.resolve()}')
 
-# %% ../nbs/14_cli.ipynb #14-cli-026
+# %% ../nbs/14_cli.ipynb #14-cli-030
 @call_parse
 def kd_aif_report(
     records:str='reports/results', # folder of the records
@@ -305,7 +319,8 @@ def kd_aif_report(
     "Make one self-contained page with tables and figures of all records; trains nothing"
     with _plain_errors():
         found = load_records(records)
-        if not found: raise ValueError(f"records: there is none in {Path(records).resolve()}; make some with kd_aif_run, or give --records another folder")
+        if not found:
+            raise ValueError(f"records: there is none in {Path(records).resolve()}; make some with kd_aif_run, or give --records another folder")
         print(f"{len(found)} records: {html_report(out, 'kd_aif: results', report_sections(found)).resolve()}")
 
 @call_parse

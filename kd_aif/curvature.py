@@ -9,6 +9,7 @@ __all__ = ['FlatModel', 'mean_gradient', 'gauss_newton_product', 'GaussNewton', 
 # %% ../nbs/05_curvature.ipynb #05-curvature-002
 from collections.abc import Callable, Iterable
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 from .core import evaluating, generator, to_device
@@ -38,39 +39,44 @@ class FlatModel:
         self.names, self.shapes = names, [known[n].shape for n in names]
         self.device, self.dtype = known[names[0]].device, known[names[0]].dtype
 
-    @property
-    def size(self):
-        "Number of parameters P"
-        return sum(s.numel() for s in self.shapes)
+# %% ../nbs/05_curvature.ipynb #05-curvature-007
+@patch(as_prop=True)
+def size(self:FlatModel):
+    "Number of parameters P"
+    return sum(s.numel() for s in self.shapes)
 
-    @property
-    def theta(self):
-        "(P,) the current parameters"
-        known = dict(self.model.named_parameters())
-        return torch.cat([known[n].detach().reshape(-1) for n in self.names])
+@patch(as_prop=True)
+def theta(self:FlatModel):
+    "(P,) the current parameters"
+    known = dict(self.model.named_parameters())
+    return torch.cat([known[n].detach().reshape(-1) for n in self.names])
 
-    def tensors(self,
-        vector:Tensor # (P,) parameters
-    )->dict: # name -> tensor
-        "The vector cut into named tensors, as `functional_call` takes them"
-        parts = vector.split([s.numel() for s in self.shapes])
-        return {f'model.{n}': p.view(s) for n, p, s in zip(self.names, parts, self.shapes)}
+@patch
+def tensors(self:FlatModel,
+    vector:Tensor # (P,) parameters
+)->dict: # name -> tensor
+    "The vector cut into named tensors, as `functional_call` takes them"
+    parts = vector.split([s.numel() for s in self.shapes])
+    return {f'model.{n}': p.view(s) for n, p, s in zip(self.names, parts, self.shapes)}
 
-    def logits(self,
-        theta:Tensor, # (P,) parameters
-        batch:dict # one batch
-    )->Tensor: # (b, c)
-        "The model's output at other parameters"
-        return functional_call(self.module, self.tensors(theta), (batch,))
+# %% ../nbs/05_curvature.ipynb #05-curvature-009
+@patch
+def logits(self:FlatModel,
+    theta:Tensor, # (P,) parameters
+    batch:dict # one batch
+)->Tensor: # (b, c)
+    "The model's output at other parameters"
+    return functional_call(self.module, self.tensors(theta), (batch,))
 
-    def losses(self,
-        theta:Tensor, # (P,) parameters
-        batch:dict # one batch
-    )->Tensor: # (b,)
-        "The loss of each sample at other parameters"
-        return self.loss(self.logits(theta, batch), batch)
+@patch
+def losses(self:FlatModel,
+    theta:Tensor, # (P,) parameters
+    batch:dict # one batch
+)->Tensor: # (b,)
+    "The loss of each sample at other parameters"
+    return self.loss(self.logits(theta, batch), batch)
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-010
+# %% ../nbs/05_curvature.ipynb #05-curvature-013
 def mean_gradient(
     flat:FlatModel, # model and loss
     batches:Iterable[dict] # samples to average over
@@ -85,7 +91,7 @@ def mean_gradient(
     if n == 0: raise ValueError("batches: no sample to average over; give at least one batch, in a list or another re-iterable")
     return total/n
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-013
+# %% ../nbs/05_curvature.ipynb #05-curvature-016
 def gauss_newton_product(
     flat:FlatModel, # model and loss
     theta:Tensor, # (P,) where to evaluate
@@ -98,7 +104,7 @@ def gauss_newton_product(
     _, hu = jvp(grad(lambda z: flat.loss(z, batch).sum()), (z,), (u,))
     return back(hu)[0], z.shape[0]
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-014
+# %% ../nbs/05_curvature.ipynb #05-curvature-017
 class GaussNewton:
     "The generalised Gauss-Newton matrix of the mean loss over `batches`, as an operator: `G @ v`, never formed"
     def __init__(self,
@@ -122,7 +128,7 @@ class GaussNewton:
         self.products += 1
         return total/n
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-022
+# %% ../nbs/05_curvature.ipynb #05-curvature-025
 def mean_eigenvalue(
     operator, # has .size and `@`; symmetric
     probes:int=4, # number of random sign vectors; the relative error falls as 1/√probes
@@ -135,7 +141,7 @@ def mean_eigenvalue(
     signs = signs.to(device)
     return float((signs*(operator @ signs)).sum()/(probes*operator.size))
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-025
+# %% ../nbs/05_curvature.ipynb #05-curvature-028
 def batch_rows(
     batch:dict, # one batch with 'index'
     keep:Tensor # (k,) positions within the batch

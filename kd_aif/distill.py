@@ -26,7 +26,8 @@ from .solvers import CG
 def _cat(parts):
     "Batches of the same keys, one after the other"
     first = parts[0]
-    if lists := [k for k, v in first.items() if isinstance(v, (list, tuple))]: raise ValueError(f"batch[{lists[0]!r}] is a list; turn it into a tensor with one row per sample, or use train_on_val=False")
+    if lists := [k for k, v in first.items() if isinstance(v, (list, tuple))]:
+        raise ValueError(f"batch[{lists[0]!r}] is a list; turn it into a tensor with one row per sample, or use train_on_val=False")
     try: return {k: torch.cat([p[k] for p in parts]) if isinstance(v, Tensor) and v.ndim else v for k, v in first.items()}
     except (KeyError, RuntimeError) as e:
         raise ValueError(f"train and val batches do not fit together ({e}); give them the same keys and shapes, or train_on_val=False") from None
@@ -53,6 +54,7 @@ class _Chained:
         for batches, held_out in ((self.train, False), (self.val, True)):
             for batch in batches: yield {**batch, 'held_out': torch.full_like(batch['index'], held_out, dtype=torch.bool)}
 
+# %% ../nbs/09_distill.ipynb #09-distill-009
 class MixedBatches:
     "Training and validation samples in one stream: a new random interleaving in each epoch, a pure function of (seed, epoch)"
     def __init__(self,
@@ -77,8 +79,10 @@ class MixedBatches:
 
     def _chunks(self, mask):
         "Cut into batches; a single sample left over joins the last batch, since batch normalisation cannot train on it alone"
-        sizes = [self.batch_size]*(len(mask)//self.batch_size) + [r] if (r := len(mask) % self.batch_size) != 1 else [self.batch_size]*(len(mask)//self.batch_size - 1) + [self.batch_size + 1]
-        return mask.split([s for s in sizes if s > 0])
+        whole, rest = divmod(len(mask), self.batch_size)
+        sizes = [self.batch_size]*whole + [rest]*(rest > 0)
+        if rest == 1 and whole: sizes[-2:] = [self.batch_size + 1]
+        return mask.split(sizes)
 
     def __len__(self): return len(self._chunks(torch.empty(self.n_train + self.n_val)))
 
@@ -90,6 +94,7 @@ class MixedBatches:
             k = int(chunk.sum())
             yield _cat([s.take(n) for s, n in zip(streams, (len(chunk) - k, k)) if n])
 
+# %% ../nbs/09_distill.ipynb #09-distill-010
 def set_epoch(
     batches, # a re-iterable; those without a `set_epoch` method are left alone
     epoch:int # number of the epoch, from 0
@@ -97,33 +102,41 @@ def set_epoch(
     "Tell a loader the epoch, as PyTorch's samplers want it"
     if callable(getattr(batches, 'set_epoch', None)): batches.set_epoch(epoch)
 
-# %% ../nbs/09_distill.ipynb #09-distill-011
+# %% ../nbs/09_distill.ipynb #09-distill-013
 def check_batches(
     name:str, # how the argument is called in messages
     batches:Iterable[dict], # re-iterable batches, each with 'index' (b,) and 'y' (b,)
     n_classes:int # number of classes C: labels are in [0, C)
 )->tuple[Tensor, Tensor]: # (n,) index and (n,) labels, in the order of the batches
     "Look at every batch; raises `ValueError` or `TypeError` for an empty set, missing keys, labels out of range, NaN inputs, repeated indices"
-    if iter(batches) is batches: raise TypeError(f"{name} is a generator, which can be read only once; give a list, a DataLoader or another re-iterable")
+    if iter(batches) is batches:
+        raise TypeError(f"{name} is a generator, which can be read only once; give a list, a DataLoader or another re-iterable")
     index, y, held_out = [], [], []
     for batch in batches:
         _check_batch(name, batch)
         index.append(batch['index'].cpu()); y.append(batch['y'].cpu()); held_out.append(batch.get('held_out', torch.zeros(len(index[-1]), dtype=torch.bool)).cpu())
     if not index or not sum(len(i) for i in index): raise ValueError(f"{name} is empty; give at least one sample")
     index, y, held_out = torch.cat(index), torch.cat(y), torch.cat(held_out)
-    if y.min() < 0 or y.max() >= n_classes: raise ValueError(f"{name}: labels from {int(y.min())} to {int(y.max())}, but the student has {n_classes} classes; labels must be in [0, {n_classes})")
-    if index.min() < 0 or len(torch.stack([index, held_out.long()]).unique(dim=1)[0]) < len(index): raise ValueError(f"{name}: {len(index)} samples have {len(index.unique())} different indices from {int(index.min())}; give each sample its own index of 0 or more")
+    if y.min() < 0 or y.max() >= n_classes:
+        raise ValueError(f"{name}: labels from {int(y.min())} to {int(y.max())}, but the student has {n_classes} classes; "
+            f"labels must be in [0, {n_classes})")
+    if index.min() < 0 or len(torch.stack([index, held_out.long()]).unique(dim=1)[0]) < len(index):
+        raise ValueError(f"{name}: {len(index)} samples have {len(index.unique())} different indices from {int(index.min())}; "
+            f"give each sample its own index of 0 or more")
     return index, y
 
+# %% ../nbs/09_distill.ipynb #09-distill-014
 def _check_batch(name, batch):
     "One batch: keys, types, lengths, finite values"
     if not isinstance(batch, dict): raise TypeError(f"{name}: batches are {type(batch).__name__}; yield a dict with 'x', 'y' and 'index'")
     for key in ('index', 'y'):
-        if key not in batch: raise ValueError(f"{name}: batches have no {key!r}, only {sorted(batch)}; give every sample a stable integer index and a label")
+        if key not in batch:
+            raise ValueError(f"{name}: batches have no {key!r}, only {sorted(batch)}; give every sample a stable integer index and a label")
         if not isinstance(value := batch[key], Tensor) or value.dtype != torch.int64 or value.ndim != 1:
             raise TypeError(f"{name}: batch[{key!r}] is {f'{value.dtype} {tuple(value.shape)}' if isinstance(value, Tensor) else type(value).__name__}; give a tensor of int64 with one number per sample")
     for key, value in batch.items():
-        if key in ('x', 'y') and isinstance(value, Tensor) and len(value) != len(batch['index']): raise ValueError(f"{name}: batch[{key!r}] has {len(value)} rows for {len(batch['index'])} indices; give one of each per sample")
+        if key in ('x', 'y') and isinstance(value, Tensor) and len(value) != len(batch['index']):
+            raise ValueError(f"{name}: batch[{key!r}] has {len(value)} rows for {len(batch['index'])} indices; give one of each per sample")
         if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"{name}: batch[{key!r}] has NaN or infinite values, first in the sample with index {_first_bad(value, batch['index'])}; clean the inputs")
 
@@ -131,7 +144,7 @@ def _first_bad(value, index):
     "Index of the first sample with a value that is not finite"
     return int(index[(~torch.isfinite(value)).reshape(len(value), -1).any(1).nonzero()[0, 0]])
 
-# %% ../nbs/09_distill.ipynb #09-distill-012
+# %% ../nbs/09_distill.ipynb #09-distill-015
 def _first_batch(name, batches):
     for batch in batches: return batch
     raise ValueError(f"{name} is empty; give at least one sample")
@@ -144,12 +157,14 @@ def count_classes(
 )->int: # number of classes C
     "Number of logits, from one forward pass; raises `ValueError` when they are not (b, C)"
     with evaluating(model), torch.no_grad(): logits = forward(model, to_device(batch, _device(model)))
-    if not isinstance(logits, Tensor) or logits.ndim != 2: raise ValueError(f"{name} returns {getattr(logits, 'shape', type(logits).__name__)}; logits (samples, classes) are needed: give forward=lambda model, batch: ...")
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise ValueError(f"{name} returns {getattr(logits, 'shape', type(logits).__name__)}; "
+            f"logits (samples, classes) are needed: give forward=lambda model, batch: ...")
     return logits.shape[1]
 
 def _device(model): return next(model.parameters()).device
 
-# %% ../nbs/09_distill.ipynb #09-distill-015
+# %% ../nbs/09_distill.ipynb #09-distill-018
 def evaluate(
     model:nn.Module, # used in eval mode
     batches:Iterable[dict], # batches with 'y'
@@ -163,7 +178,7 @@ def evaluate(
     per_class = [float(right[y == c].mean()) if (y == c).any() else None for c in range(logits.shape[1])]
     return dict(accuracy=float(right.mean()), loss=float(nn.functional.cross_entropy(logits, y)), per_class_accuracy=per_class)
 
-# %% ../nbs/09_distill.ipynb #09-distill-017
+# %% ../nbs/09_distill.ipynb #09-distill-020
 def sgd(
     parameters, # what to train
     lr:float # peak learning rate
@@ -171,18 +186,20 @@ def sgd(
     "Stochastic gradient descent with Nesterov momentum; the one-cycle schedule moves momentum between 0.95 and 0.85 against the learning rate"
     return torch.optim.SGD(parameters, lr=lr, momentum=.9, nesterov=True, weight_decay=5e-4)
 
+# %% ../nbs/09_distill.ipynb #09-distill-021
 class _Learner:
     "A model with its optimiser and one-cycle learning rate"
     def __init__(self, model, make_optimizer, lr, steps):
         self.model, self.optimizer = model, make_optimizer([p for p in model.parameters() if p.requires_grad], lr)
         momentum = any(k in self.optimizer.defaults for k in ('momentum', 'betas'))
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, total_steps=max(2, steps), pct_start=.2 if steps != 5 else .3, cycle_momentum=momentum) # PyTorch divides by 0.2·5 − 1
+        warmup = .2 if steps != 5 else .3 # PyTorch divides by 0.2·5 − 1
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, total_steps=max(2, steps), pct_start=warmup, cycle_momentum=momentum)
 
     def step(self, loss):
         self.optimizer.zero_grad(set_to_none=True); loss.backward(); self.optimizer.step()
         if self.schedule.last_epoch + 1 < self.schedule.total_steps: self.schedule.step()
 
-# %% ../nbs/09_distill.ipynb #09-distill-018
+# %% ../nbs/09_distill.ipynb #09-distill-022
 class _WeightTable:
     "Weight of a sample by its stable index; validation samples have weight one"
     def __init__(self, index, values, device): self.index, self.order = (t.to(device) for t in index.sort()); self.set(values)
@@ -190,15 +207,18 @@ class _WeightTable:
     def __call__(self, batch):
         place = torch.searchsorted(self.index, batch['index']).clamp_max(len(self.index) - 1)
         held_out = batch.get('held_out', torch.zeros_like(place, dtype=torch.bool))
-        if not ((self.index[place] == batch['index']) | held_out).all(): raise ValueError("train: an index that the first pass over the batches did not show; every pass must have the same samples (no drop_last)")
+        if not ((self.index[place] == batch['index']) | held_out).all():
+            raise ValueError("train: an index that the first pass over the batches did not show; "
+                "every pass must have the same samples (no drop_last)")
         return torch.where(held_out, 1., self.values[place])
 
-# %% ../nbs/09_distill.ipynb #09-distill-019
+# %% ../nbs/09_distill.ipynb #09-distill-023
 def _steps(batches):
     "Number of batches in an epoch"
     try: return len(batches)
     except TypeError: return sum(1 for _ in plain(batches))
 
+# %% ../nbs/09_distill.ipynb #09-distill-024
 def _fit(student, teacher, batches, weights, *, epochs, lr, make_optimizer, T, alpha, forward, seed,
          teacher_learns=False, before_epoch=lambda epoch: None, progress=True, title='student'):
     "Train the student (and the teacher along with it, if it learns) under the weights; returns a list of one dict per epoch"
@@ -225,16 +245,18 @@ def _fit(student, teacher, batches, weights, *, epochs, lr, make_optimizer, T, a
                 learner.step(weighted_mean(losses, w))
                 total, right, n = total + losses.detach().sum(), right + (logits.detach().argmax(1) == y).sum(), n + len(y)
             history.append(dict(epoch=epoch, phase=title, loss=float(total)/n, accuracy=float(right)/n))
-            if not torch.isfinite(torch.tensor(history[-1]['loss'])): raise ValueError(f"{title}: the loss is not finite in epoch {epoch}; use a smaller lr than {lr}")
+            if not torch.isfinite(torch.tensor(history[-1]['loss'])):
+                raise ValueError(f"{title}: the loss is not finite in epoch {epoch}; use a smaller lr than {lr}")
             bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", accuracy=f"{history[-1]['accuracy']:.1%}")
     student.eval()
     return history
 
-# %% ../nbs/09_distill.ipynb #09-distill-021
+# %% ../nbs/09_distill.ipynb #09-distill-026
 def _check_epochs(**values):
     "Whole numbers that are not too small, as name=(value, smallest)"
     for name, (value, smallest) in values.items():
-        if not isinstance(value, int) or value < smallest: raise ValueError(f"{name} is {value!r}; give a whole number of epochs from {smallest}")
+        if not isinstance(value, int) or value < smallest:
+            raise ValueError(f"{name} is {value!r}; give a whole number of epochs from {smallest}")
 
 @dataclass(frozen=True)
 class OneShot:
@@ -251,7 +273,7 @@ class Every:
     def __post_init__(self): _check_epochs(k=(self.k, 1), start=(self.start, 0))
     def due(self, epoch): return epoch >= self.start and (epoch - self.start) % self.k == 0
 
-# %% ../nbs/09_distill.ipynb #09-distill-024
+# %% ../nbs/09_distill.ipynb #09-distill-029
 @dataclass(frozen=True, repr=False)
 class Run:
     "What a training run did: metrics of the final epoch, weights, scores, seconds"
@@ -274,7 +296,7 @@ class Run:
         name = {None: 'no weights', 'student': "mechanism 'student'", 'both': "mechanism 'both'"}[self.mechanism]
         return '\n'.join([f"**Run** ({name}, {len(self.index):,} training samples)", '', '| final epoch | |', '|:--|--:|'] + [f'| {k} | {v} |' for k, v in rows])
 
-# %% ../nbs/09_distill.ipynb #09-distill-026
+# %% ../nbs/09_distill.ipynb #09-distill-031
 class _Advised:
     "Un-augmented batches with the teacher's logits in them: what the student's own loss needs"
     def __init__(self, batches, teacher, forward): self.batches, self.teacher, self.forward = batches, teacher, forward
@@ -295,21 +317,23 @@ def _score(model, teacher, train, val, config, forward, progress):
     if config['beta'] == 'calibrated': return cross_scores(model, loss, train, val, config['folds'], config['score'], solver, seed=config['seed'], **common)
     return influence_scores(model, loss, train, val, solver, config['score'], **common)
 
+# %% ../nbs/09_distill.ipynb #09-distill-032
 def _aligned(scores, index):
     "Scores in the order of `index`, wherever the loader put them"
     if torch.equal(scores.index, index): return scores
-    if not torch.equal(scores.index.sort().values, index.sort().values): raise ValueError("train: scoring saw other samples than the first pass; every pass must have the same samples (no drop_last)")
+    if not torch.equal(scores.index.sort().values, index.sort().values):
+        raise ValueError("train: scoring saw other samples than the first pass; every pass must have the same samples (no drop_last)")
     order = scores.index.argsort()[index.argsort().argsort()]
     labels = dict(labels=scores.labels[order]) if isinstance(scores, CrossScores) else {}
     values = scores.values[:, order] if isinstance(scores, CrossScores) else scores.values[order]
     return replace(scores, values=values, index=scores.index[order], **labels)
 
-# %% ../nbs/09_distill.ipynb #09-distill-027
+# %% ../nbs/09_distill.ipynb #09-distill-033
 MECHANISMS = (None, 'student', 'both')
 
 def distill(
     student:nn.Module, # trained in place
-    teacher:nn.Module|None, # teacher, trained on train and val (`MixedBatches`) or on neither (for `Every` with 'both': any, it trains along, in place); None: cross-entropy alone
+    teacher:nn.Module|None, # trained on train and val (`MixedBatches`) or on neither; with 'both' and `Every` it trains along; None: cross-entropy alone
     train:Iterable[dict], # re-iterable batches: dicts with 'index', 'y' and what the models need ('x')
     val:Iterable[dict], # re-iterable batches of held-out samples whose labels are good, from the same source as train
     *,
@@ -357,8 +381,9 @@ def distill(
         fresh = teacher if make_teacher is None else make_teacher().to(_device(student))
         _check_teacher(fresh, student, _first_batch('train', plain(train)), forward)
         refresh()
-        teacher = fresh
-        with clock('teacher'): history += fit(teacher, None, title='teacher')
+        if not torch.equal(table.values, torch.ones(len(index))): # under uniform weights the teacher has nothing to learn again
+            teacher = fresh
+            with clock('teacher'): history += fit(teacher, None, title='teacher')
         lookup.set(torch.ones(len(index)) if schedule.after else table.values)
     def before_epoch(epoch):
         if not mechanism or not schedule.due(epoch): return
@@ -369,25 +394,33 @@ def distill(
     metrics = _metrics(student, teacher, val, test, table, forward)
     return Run(mechanism, metrics, history, table.values, index, found[-1] if found else None, table.calibration, clock.seconds, config, student, teacher)
 
-# %% ../nbs/09_distill.ipynb #09-distill-028
+# %% ../nbs/09_distill.ipynb #09-distill-034
 def _check_teacher(teacher, student, batch, forward):
     "The teacher must have the student's classes and device"
     c, t = count_classes(student, batch, forward), count_classes(teacher, batch, forward, 'teacher')
     if t != c: raise ValueError(f"teacher has {t} classes, the student {c}; build both for the same number of classes")
-    if _device(teacher) != _device(student): raise ValueError(f"teacher is on {_device(teacher)}, the student on {_device(student)}; move one of them with .to()")
+    if _device(teacher) != _device(student):
+        raise ValueError(f"teacher is on {_device(teacher)}, the student on {_device(student)}; move one of them with .to()")
 
+# %% ../nbs/09_distill.ipynb #09-distill-035
 def _check_schedule(teacher, weights, make_teacher, config):
     "Mechanism, schedule and what goes with them"
     mechanism, schedule = config['mechanism'], config['schedule']
     if mechanism not in MECHANISMS: raise ValueError(f"mechanism is {mechanism!r}; use None, 'student' or 'both'")
-    if mechanism and teacher is None: raise ValueError(f"teacher is None, but mechanism={mechanism!r} needs a teacher to score with; train one with distill(teacher, None, train, val)")
-    if mechanism and weights is not None: raise ValueError("weights: fixed weights and a mechanism exclude each other; leave one of them None")
+    if mechanism and teacher is None:
+        raise ValueError(f"teacher is None, but mechanism={mechanism!r} needs a teacher to score with; "
+            f"train one with distill(teacher, None, train, val)")
+    if mechanism and weights is not None:
+        raise ValueError("weights: fixed weights and a mechanism exclude each other; leave one of them None")
     if not isinstance(schedule, (OneShot, Every)): raise TypeError(f"schedule is {schedule!r}; use OneShot() or Every(k, start)")
-    if mechanism and not any(schedule.due(e) for e in range(config['epochs'])): raise ValueError(f"schedule {schedule} is never due in {config['epochs']} epochs; train longer, or start earlier")
-    if make_teacher is not None and mechanism == 'both' and isinstance(schedule, Every): raise ValueError("make_teacher: with Every() the given teacher trains along with the student; leave it None, or use OneShot()")
+    if mechanism and not any(schedule.due(e) for e in range(config['epochs'])):
+        raise ValueError(f"schedule {schedule} is never due in {config['epochs']} epochs; train longer, or start earlier")
+    if make_teacher is not None and mechanism == 'both' and isinstance(schedule, Every):
+        raise ValueError("make_teacher: with Every() the given teacher trains along with the student; leave it None, or use OneShot()")
     if mechanism and config['beta'] == 'calibrated' and not config['train_on_val'] and isinstance(schedule, Every):
         warnings.warn("train_on_val=False with calibrated weights: the model in training sees the training samples but not the validation samples, so wrong labels look better than they are")
 
+# %% ../nbs/09_distill.ipynb #09-distill-036
 def _check_settings(student, teacher, train, val, test, weights, make_teacher, forward, config):
     "Everything that can be known to be wrong before training; returns the training samples' index"
     check_fraction('alpha', config['alpha']); check_positive('T', config['T']); check_positive('lr', config['lr']); _check_epochs(epochs=(config['epochs'], 1))
@@ -397,20 +430,28 @@ def _check_settings(student, teacher, train, val, test, weights, make_teacher, f
     if not isinstance(first, dict): raise TypeError(f"train: batches are {type(first).__name__}; yield a dict with 'x', 'y' and 'index'")
     c = count_classes(student, first, forward)
     if teacher is not None: _check_teacher(teacher, student, first, forward)
-    if mechanism and 'held_out' in first: raise ValueError("train holds validation samples (MixedBatches), which must not be scored as training samples; give train and val apart, train_on_val joins them")
+    if mechanism and 'held_out' in first:
+        raise ValueError("train holds validation samples (MixedBatches), which must not be scored as training samples; "
+            "give train and val apart, train_on_val joins them")
     with evaluating(student, teacher), torch.no_grad():
         for model in (student, teacher) if mechanism and config['last_layer'] else (): features_and_logits(model, to_device(first, _device(model)), forward)
     index, _ = check_batches('train', plain(train), c)
     _, val_y = check_batches('val', plain(val), c)
     if test is not None: check_batches('test', plain(test), c)
-    if config['beta'] == 'calibrated' and config['score'] not in SCORES: raise ValueError(f"score is {config['score']!r}; use one of {', '.join(SCORES)}")
-    if config['beta'] != 'calibrated' and config['score'] not in ('mean', 'local'): raise ValueError(f"score is {config['score']!r}; with a number for beta use 'mean' (published) or 'local'")
+    if config['beta'] == 'calibrated' and config['score'] not in SCORES:
+        raise ValueError(f"score is {config['score']!r}; use one of {', '.join(SCORES)}")
+    if config['beta'] != 'calibrated' and config['score'] not in ('mean', 'local'):
+        raise ValueError(f"score is {config['score']!r}; with a number for beta use 'mean' (published) or 'local'")
     if mechanism: stratified_folds(val_y, config['folds'])
     if weights is not None:
-        if len(weights) != len(index): raise ValueError(f"weights has {len(weights)} entries for {len(index)} training samples; give one weight per sample, in the order of plain(train)")
-        if not torch.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0: raise ValueError("weights must be finite, not negative and not all zero; clip them, or use weights_from_influence")
+        if len(weights) != len(index):
+            raise ValueError(f"weights has {len(weights)} entries for {len(index)} training samples; "
+                f"give one weight per sample, in the order of plain(train)")
+        if not torch.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
+            raise ValueError("weights must be finite, not negative and not all zero; clip them, or use weights_from_influence")
     return index
 
+# %% ../nbs/09_distill.ipynb #09-distill-037
 def _metrics(student, teacher, val, test, table, forward):
     "Metrics of the final epoch"
     named = lambda prefix, result: {f'{prefix}_accuracy': result['accuracy'], f'{prefix}_loss': result['loss']}
@@ -423,7 +464,7 @@ def _metrics(student, teacher, val, test, table, forward):
     if teacher is not None: metrics['teacher_test_accuracy'] = evaluate(teacher, plain(test), forward)['accuracy']
     return metrics
 
-# %% ../nbs/09_distill.ipynb #09-distill-045
+# %% ../nbs/09_distill.ipynb #09-distill-054
 class SubsetBatches:
     "The samples with the given indices, out of any re-iterable batches"
     def __init__(self,
@@ -446,7 +487,7 @@ class SubsetBatches:
             keep = torch.isin(batch['index'].cpu(), self.index).nonzero()[:, 0]
             if len(keep): yield batch_rows(batch, keep)
 
-# %% ../nbs/09_distill.ipynb #09-distill-047
+# %% ../nbs/09_distill.ipynb #09-distill-056
 def out_of_fold_weights(
     fit:Callable, # fit(batches) -> a model trained on these batches
     train:Iterable[dict], # re-iterable training batches

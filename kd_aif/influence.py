@@ -16,6 +16,7 @@ from time import perf_counter
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp
 from tqdm.auto import tqdm
@@ -58,39 +59,6 @@ class InfluenceScores:
 
     def __len__(self): return len(self.index)
 
-    def _extreme(self, k, largest):
-        if self.values.ndim > 1: raise ValueError("values: one score per class; choose a class first, or use target='mean' or 'local'")
-        return self.index[self.values.topk(min(k, len(self)), largest=largest).indices]
-
-    def top(self,
-        k:int=10 # how many
-    )->Tensor: # (k,) index
-        "The most helpful samples, best first"
-        return self._extreme(k, True)
-
-    def bottom(self,
-        k:int=10 # how many
-    )->Tensor: # (k,) index
-        "The most harmful samples, worst first"
-        return self._extreme(k, False)
-
-    def save(self,
-        path # file to write
-    )->Path: # the file
-        "Write to one safetensors file, atomically"
-        fields = dict(target=self.target, damping=self.damping, residual=self.residual, products=self.products, seconds=self.seconds)
-        with atomic_path(path) as tmp:
-            save_file(dict(values=self.values.contiguous(), index=self.index.contiguous()), tmp, metadata=dict(fields=json.dumps(fields)))
-        return Path(path)
-
-    @classmethod
-    def load(cls,
-        path # file that `save` wrote
-    ): # `InfluenceScores`
-        "Read what `save` wrote"
-        with safe_open(path, 'pt') as f:
-            return cls(f.get_tensor('values'), f.get_tensor('index'), **json.loads(f.metadata()['fields']))
-
     def __repr__(self): return self._repr_markdown_()
     def _repr_markdown_(self):
         v, helpful = self.values, (self.values > 0).double().mean()
@@ -99,7 +67,46 @@ class InfluenceScores:
             f"λ = {self.damping:.2e}, relative residual {self.residual:.1e}, {self.products} curvature products, "
             + ', '.join(f'{k} {t:.2f} s' for k, t in self.seconds.items()))
 
+# %% ../nbs/07_influence.ipynb #07-influence-010
+@patch
+def _extreme(self:InfluenceScores, k, largest):
+    if self.values.ndim > 1: raise ValueError("values: one score per class; choose a class first, or use target='mean' or 'local'")
+    return self.index[self.values.topk(min(k, len(self)), largest=largest).indices]
+
+@patch
+def top(self:InfluenceScores,
+    k:int=10 # how many
+)->Tensor: # (k,) index
+    "The most helpful samples, best first"
+    return self._extreme(k, True)
+
+@patch
+def bottom(self:InfluenceScores,
+    k:int=10 # how many
+)->Tensor: # (k,) index
+    "The most harmful samples, worst first"
+    return self._extreme(k, False)
+
 # %% ../nbs/07_influence.ipynb #07-influence-011
+@patch
+def save(self:InfluenceScores,
+    path # file to write
+)->Path: # the file
+    "Write to one safetensors file, atomically"
+    fields = dict(target=self.target, damping=self.damping, residual=self.residual, products=self.products, seconds=self.seconds)
+    with atomic_path(path) as tmp:
+        save_file(dict(values=self.values.contiguous(), index=self.index.contiguous()), tmp, metadata=dict(fields=json.dumps(fields)))
+    return Path(path)
+
+@patch(cls_method=True)
+def load(cls:InfluenceScores,
+    path # file that `save` wrote
+): # `InfluenceScores`
+    "Read what `save` wrote"
+    with safe_open(path, 'pt') as f:
+        return cls(f.get_tensor('values'), f.get_tensor('index'), **json.loads(f.metadata()['fields']))
+
+# %% ../nbs/07_influence.ipynb #07-influence-013
 TARGETS = ('mean', 'class', 'local')
 
 def _check_some(name, batches):
@@ -126,7 +133,7 @@ def class_gradients(
                 total[:, c] += back(mask.to(losses.dtype))[0]; count[c] += mask.sum()
     return total/count.clamp_min(1)
 
-# %% ../nbs/07_influence.ipynb #07-influence-014
+# %% ../nbs/07_influence.ipynb #07-influence-016
 @dataclass(frozen=True)
 class LastLayerView:
     "What the last linear layer sees of a set of samples, and what the loss says to its output"
@@ -141,32 +148,38 @@ class LastLayerView:
 
     def __len__(self): return len(self.index)
 
-    def take(self,
-        mask:Tensor # (n,) bool
-    ): # `LastLayerView`
-        "The samples where `mask` is true, without the logit Hessians"
-        return LastLayerView(*(t[mask] for t in (self.features, self.logits, self.losses, self.slope)), self.bend[:0], self.bend_rows[:0], self.index[mask], self.y[mask])
+# %% ../nbs/07_influence.ipynb #07-influence-017
+@patch
+def take(self:LastLayerView,
+    mask:Tensor # (n,) bool
+): # `LastLayerView`
+    "The samples where `mask` is true, without the logit Hessians"
+    return LastLayerView(*(t[mask] for t in (self.features, self.logits, self.losses, self.slope)), self.bend[:0], self.bend_rows[:0], self.index[mask], self.y[mask])
 
-    def gradient(self)->Tensor: # (C·d,)
-        "Gradient of the mean loss with respect to the layer"
-        return torch.einsum('nc,nd->cd', self.slope, self.features).flatten()/len(self)
+@patch
+def gradient(self:LastLayerView)->Tensor: # (C·d,)
+    "Gradient of the mean loss with respect to the layer"
+    return torch.einsum('nc,nd->cd', self.slope, self.features).flatten()/len(self)
 
-    def class_gradients(self)->Tensor: # (C·d, C)
-        "Gradient of the mean loss over the samples of each class; zero for a class without samples"
-        onehot = nn.functional.one_hot(self.y, self.logits.shape[1]).to(self.features.dtype)
-        parts = [torch.einsum('n,nc,nd->cd', w, self.slope, self.features).flatten() for w in onehot.T]
-        return torch.stack(parts, 1)/onehot.sum(0).clamp_min(1)
+@patch
+def class_gradients(self:LastLayerView)->Tensor: # (C·d, C)
+    "Gradient of the mean loss over the samples of each class; zero for a class without samples"
+    onehot = nn.functional.one_hot(self.y, self.logits.shape[1]).to(self.features.dtype)
+    parts = [torch.einsum('n,nc,nd->cd', w, self.slope, self.features).flatten() for w in onehot.T]
+    return torch.stack(parts, 1)/onehot.sum(0).clamp_min(1)
 
-    def scores(self,
-        s:Tensor # (C·d,) direction, or (C·d, k) several
-    )->Tensor: # (n,) or (n, k)
-        "Directional derivatives of the samples' losses along s"
-        c, d = self.slope.shape[1], self.features.shape[1]
-        S = s.reshape(c, d, -1)
-        values = torch.cat([torch.einsum('nc,nck->nk', g, torch.einsum('nd,cdk->nck', h, S)) for g, h in zip(self.slope.split(2048), self.features.split(2048))])
-        return values[:, 0] if s.ndim == 1 else values
+# %% ../nbs/07_influence.ipynb #07-influence-018
+@patch
+def scores(self:LastLayerView,
+    s:Tensor # (C·d,) direction, or (C·d, k) several
+)->Tensor: # (n,) or (n, k)
+    "Directional derivatives of the samples' losses along s"
+    c, d = self.slope.shape[1], self.features.shape[1]
+    S = s.reshape(c, d, -1)
+    values = torch.cat([torch.einsum('nc,nck->nk', g, torch.einsum('nd,cdk->nck', h, S)) for g, h in zip(self.slope.split(2048), self.features.split(2048))])
+    return values[:, 0] if s.ndim == 1 else values
 
-# %% ../nbs/07_influence.ipynb #07-influence-015
+# %% ../nbs/07_influence.ipynb #07-influence-019
 def _logit_hessian(loss, logits, batch):
     "(b, C, C) Hessian of each sample's loss with respect to its logits, by C products"
     slope = grad(lambda z: loss(z, batch).sum())
@@ -201,7 +214,7 @@ def last_layer_view(
     if not parts: raise ValueError("batches: no sample; give at least one batch, in a list or another re-iterable")
     return LastLayerView(*(torch.cat(p) for p in zip(*parts)))
 
-# %% ../nbs/07_influence.ipynb #07-influence-016
+# %% ../nbs/07_influence.ipynb #07-influence-020
 class LastLayerGaussNewton:
     "The Gauss-Newton matrix of the last layer in closed form: `@`, `dense()`, `trace()`"
     def __init__(self,
@@ -231,7 +244,7 @@ class LastLayerGaussNewton:
         "Trace, from the diagonals alone"
         return float((self.bend.diagonal(dim1=1, dim2=2).sum(1)*(self.h**2).sum(1)).mean())
 
-# %% ../nbs/07_influence.ipynb #07-influence-020
+# %% ../nbs/07_influence.ipynb #07-influence-024
 def _bend_limit(n_classes, n_samples):
     "How many logit Hessians to keep: at most 4·10⁷ numbers (4,000 samples of 100 classes), at least one"
     most = int(4e7)//n_classes**2
@@ -246,7 +259,7 @@ def last_layer_solver(
 
 def _seconds(start, *ends): return dict(zip(('gradient', 'solve', 'scoring'), (b - a for a, b in zip((start, *ends), ends))))
 
-# %% ../nbs/07_influence.ipynb #07-influence-021
+# %% ../nbs/07_influence.ipynb #07-influence-025
 def influence_scores(
     model:nn.Module, # trained model, used in eval mode and left as it was
     loss:Callable, # training loss: loss(logits, batch) -> (b,)
@@ -278,7 +291,7 @@ def influence_scores(
     times.append(perf_counter())
     return InfluenceScores(values, index, target, found.damping, found.residual, found.products, _seconds(*times))
 
-# %% ../nbs/07_influence.ipynb #07-influence-022
+# %% ../nbs/07_influence.ipynb #07-influence-026
 def check_order(
     name:str, # how the argument is called in messages
     first:Tensor, # (n,) index as one pass over the batches gave it
@@ -309,7 +322,7 @@ def _last_layer_scores(model, loss, train, val, solver, target, val_loss, forwar
     times.append(perf_counter())
     return InfluenceScores(values.cpu(), view.index.cpu(), target, found.damping, found.residual, found.products, _seconds(*times))
 
-# %% ../nbs/07_influence.ipynb #07-influence-032
+# %% ../nbs/07_influence.ipynb #07-influence-036
 @dataclass(frozen=True, repr=False)
 class CrossScores:
     "Scores of the training samples under each fold's target, and of the fold's own validation samples as reference"
@@ -343,7 +356,7 @@ def stratified_folds(
     fold[order] = torch.arange(len(labels)) % folds
     return fold
 
-# %% ../nbs/07_influence.ipynb #07-influence-035
+# %% ../nbs/07_influence.ipynb #07-influence-039
 SCORES = ('local+loss', 'local', 'mean', 'loss')
 
 def combine_scores(
@@ -359,7 +372,7 @@ def combine_scores(
     tiny = torch.finfo(losses.dtype).tiny
     return influence/train_influence.std().clamp_min(tiny) - losses/train_losses.std().clamp_min(tiny)
 
-# %% ../nbs/07_influence.ipynb #07-influence-036
+# %% ../nbs/07_influence.ipynb #07-influence-040
 def _last_layer_folds(model, loss, val_loss, train, val, folds, target, solver, forward, seed, progress):
     "Influence of every training and validation sample under each fold's target, by the last layer in closed form"
     start = perf_counter()
@@ -375,7 +388,7 @@ def _last_layer_folds(model, loss, val_loss, train, val, folds, target, solver, 
     influence = torch.stack([read(t, s) for s in x]), torch.stack([read(v, s) for s in x])
     return t, v, fold, *influence, found, _seconds(start, gradient, solve, perf_counter())
 
-# %% ../nbs/07_influence.ipynb #07-influence-038
+# %% ../nbs/07_influence.ipynb #07-influence-042
 def _all_layer_folds(model, loss, val_loss, train, val, folds, target, solver, forward, seed, progress):
     "The same with all layers: forward-mode passes over both sets"
     start, flat, held, val = perf_counter(), FlatModel(model, loss, forward), FlatModel(model, val_loss or loss, forward), list(val)
@@ -394,7 +407,7 @@ def _all_layer_folds(model, loss, val_loss, train, val, folds, target, solver, f
         return torch.stack([u[:, 0] if target == 'mean' else (u*view.logits.softmax(-1)).sum(1) for u in values])
     return t, v, fold, read(train, t), read(val, v), found, _seconds(start, gradient, solve, perf_counter())
 
-# %% ../nbs/07_influence.ipynb #07-influence-039
+# %% ../nbs/07_influence.ipynb #07-influence-043
 def cross_scores(
     model:nn.Module, # trained model, used in eval mode and left as it was
     loss:Callable, # training loss: loss(logits, batch) -> (b,)

@@ -18,7 +18,7 @@ from .curvature import mean_eigenvalue
 class Solution:
     "What a solver found: s, and how far it is from the exact answer"
     x:Tensor # (P,) or (P, k) approximate (G + λI)⁻¹ b
-    residual:float # ‖(G + λI)x − b‖/‖b‖, the largest over the right-hand sides; nan where the solver cannot know
+    residual:float # ‖(G + λI)x − b‖/‖b‖, the largest over the right-hand sides (CG: by its recursion); nan where the solver cannot know
     products:int # operator products used, counted per vector
     seconds:float # wall time
     damping:float # λ used
@@ -114,8 +114,12 @@ class CG:
             if _relative(r, B) <= self.tol: break
             Ap = operator @ p + lam*p
             pAp = (p*Ap).sum(0)
-            if not torch.isfinite(pAp).all(): raise ValueError("CG: the curvature product is not finite; check the model's weights and inputs for NaN, or use float32 instead of half precision")
-            if (pAp < 0).any(): raise ValueError(f"CG: negative curvature at damping={lam:.1e}; increase damping, or use the Gauss-Newton matrix instead of the Hessian")
+            if not torch.isfinite(pAp).all():
+                raise ValueError("CG: the curvature product is not finite; "
+                    "check the model's weights and inputs for NaN, or use float32 instead of half precision")
+            if (pAp < 0).any():
+                raise ValueError(f"CG: negative curvature at damping={lam:.1e}; "
+                    f"increase damping, or use the Gauss-Newton matrix instead of the Hessian")
             a = torch.where(pAp > 0, rz/pAp.clamp_min(torch.finfo(B.dtype).tiny), 0.)
             x, r = x + a*p, r - a*Ap
             z = M(r); rz, old = (r*z).sum(0), rz

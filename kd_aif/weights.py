@@ -68,7 +68,8 @@ def conformal_intervals(
     scores, reference = _check_scores(scores).cpu(), _check_scores(reference, 'reference').cpu()
     if (labels is None) != (reference_labels is None): raise ValueError("labels and reference_labels go together; give both or neither")
     for name, l, s in (('labels', labels, scores), ('reference_labels', reference_labels, reference)):
-        if l is not None and len(l) != len(s): raise ValueError(f"{name} has {len(l)} entries for {len(s)} scores; give one label per score")
+        if l is not None and len(l) != len(s):
+            raise ValueError(f"{name} has {len(l)} entries for {len(s)} scores; give one label per score")
     low, high = torch.zeros_like(scores), torch.ones_like(scores)
     labels, reference_labels = (torch.zeros(len(s), dtype=torch.long) if l is None else l.cpu() for l, s in ((labels, scores), (reference_labels, reference)))
     missing = sorted(set(labels.tolist()) - set(reference_labels.tolist()))
@@ -164,10 +165,12 @@ def calibrated_weights(
     scores = _check_scores(scores, dims=(1, 2))
     scores, reference = (scores[None], [reference]) if scores.ndim == 1 else (scores, reference)
     reference_labels = [reference_labels]*len(scores) if reference_labels is None or isinstance(reference_labels, Tensor) else reference_labels
-    if len(reference) != len(scores): raise ValueError(f"reference has {len(reference)} folds, scores have {len(scores)}; give one reference per fold")
+    if len(reference) != len(scores):
+        raise ValueError(f"reference has {len(reference)} folds, scores have {len(scores)}; give one reference per fold")
     low, high = map(torch.stack, zip(*(conformal_intervals(s, r, labels, l) for s, r, l in zip(scores, reference, reference_labels))))
     return weights_from_intervals(low, high, effective_count(labels, reference if labels is None else reference_labels, scores.shape[1]), labels, significance)
 
+# %% ../nbs/08_weights.ipynb #08-weights-031
 def weights_from_intervals(
     low:Tensor, # (folds, n) lower ends of the p-values' intervals, under each fold's reference
     high:Tensor, # (folds, n) upper ends
@@ -186,7 +189,7 @@ def weights_from_intervals(
     probability = (share/density.clamp_min(1e-12)).clamp(max=1).mean(0)
     return CalibratedWeights(balanced(probability, labels).float(), probability.float(), share, p_value, f)
 
-# %% ../nbs/08_weights.ipynb #08-weights-031
+# %% ../nbs/08_weights.ipynb #08-weights-032
 _CONSERVATIVE = ("the training samples score better than the reference: the model has probably been trained on them but not on the validation samples, or they come from another source. "
     "The comparison is then too kind to wrong labels; score with a model that was trained on both, or out of fold")
 
@@ -195,7 +198,7 @@ def _interpolate(t, values):
     i = (t*(len(GRID) - 1)).long().clamp(0, len(GRID) - 2)
     return values[i] + (t*(len(GRID) - 1) - i)*(values[i + 1] - values[i])
 
-# %% ../nbs/08_weights.ipynb #08-weights-043
+# %% ../nbs/08_weights.ipynb #08-weights-044
 @dataclass(frozen=True)
 class Replace:
     "New weights replace the old"
@@ -215,7 +218,7 @@ class Multiplicative:
     def __post_init__(self): check_positive('eta', self.eta)
     def __call__(self, old, new): return balanced(old*new**self.eta)
 
-# %% ../nbs/08_weights.ipynb #08-weights-044
+# %% ../nbs/08_weights.ipynb #08-weights-045
 class SampleWeights:
     "The weights of n samples and how they follow the scores"
     def __init__(self,
@@ -231,7 +234,8 @@ class SampleWeights:
         scores # (n,) scores; for beta='calibrated' a `CrossScores`
     )->Tensor: # (n,) the new current weights
         "Update the weights from new scores; raises `ValueError` when their number differs"
-        if len(scores) != len(self.values): raise ValueError(f"scores: {len(scores)} for {len(self.values)} samples; give one score per sample")
+        if len(scores) != len(self.values):
+            raise ValueError(f"scores: {len(scores)} for {len(self.values)} samples; give one score per sample")
         if self.beta == 'calibrated':
             self.calibration = calibrated_weights(scores.values, scores.reference, scores.labels, scores.reference_labels)
             new = self.calibration.values
