@@ -105,7 +105,9 @@ def task_data(
 # %% ../nbs/14_cli.ipynb #14-cli-010
 def describe_data(
     task:Task, # the task
-    train, val, test # its sets
+    train, # its training set (`ImageData`)
+    val, # its validation set
+    test # its test set
 )->dict: # what a record says of the data
     "Name, fingerprint, rows and disturbance of a task's data"
     noise = dict(kind=task.noise) | (dict(rate=task.rate, seed=task.seed) if task.noise != 'none' else {})
@@ -131,7 +133,8 @@ def _code_fingerprint():
 # %% ../nbs/14_cli.ipynb #14-cli-014
 def trained_teacher(
     task:Task, # the task
-    train, val, # its training and validation set
+    train, # its training set (`ImageData`)
+    val, # its validation set
     with_val:bool=True, # train on the validation samples too
     teachers=None, # folder of the trained teachers; default a folder in `cache_dir()`
     progress:bool=True # show bars

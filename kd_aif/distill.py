@@ -263,7 +263,11 @@ class OneShot:
     "Score once, with the trained teacher; the weights hold from epoch `after` on"
     after:int = 0 # first epoch with weights
     def __post_init__(self): _check_epochs(after=(self.after, 0))
-    def due(self, epoch): return epoch == self.after
+    def due(self,
+        epoch:int # number of the epoch, from 0
+    )->bool: # whether weights start in this epoch
+        "Once"
+        return epoch == self.after
 
 @dataclass(frozen=True)
 class Every:
@@ -271,7 +275,11 @@ class Every:
     k:int = 1 # epochs between two scorings
     start:int = 2 # first epoch with weights
     def __post_init__(self): _check_epochs(k=(self.k, 1), start=(self.start, 0))
-    def due(self, epoch): return epoch >= self.start and (epoch - self.start) % self.k == 0
+    def due(self,
+        epoch:int # number of the epoch, from 0
+    )->bool: # whether to score before this epoch
+        "Again and again"
+        return epoch >= self.start and (epoch - self.start) % self.k == 0
 
 # %% ../nbs/09_distill.ipynb #09-distill-029
 @dataclass(frozen=True, repr=False)

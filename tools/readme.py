@@ -44,6 +44,7 @@ def make():
     "The text of README.md, and its images as {path: bytes}."
     nb = nbformat.read(NOTEBOOK, as_version=4)
     nb.cells = [cell for cell in map(clean, nb.cells) if cell is not None]
+    nb.metadata['language_info'] = {'name': 'python'} # for the fences around code
     config = Config({'NbConvertBase': {'display_data_priority': ['text/markdown', 'image/svg+xml', 'image/png', 'text/html', 'text/plain']}})
     text, resources = MarkdownExporter(config=config).from_notebook_node(nb, {'output_files_dir': IMAGES})
     text = re.sub(r'[^\S\n]+$', '', text, flags=re.MULTILINE).replace('```python\n\n```\n', '')
