@@ -20,7 +20,6 @@ from .influence import SCORES, CrossScores, InfluenceScores, cross_scores, influ
 from .losses import batch_cross_entropy, distill_loss, weighted_mean
 from .models import default_forward, features_and_logits
 from .weights import CalibratedWeights, Replace, SampleWeights, conformal_intervals, effective_count, effective_sample_size, weights_from_intervals
-from .solvers import CG
 
 # %% ../nbs/09_distill.ipynb #09-distill-007
 def _cat(parts):

@@ -22,7 +22,6 @@ from torch.func import grad, jvp, vjp
 from tqdm.auto import tqdm
 from .core import atomic_path, bar_options, evaluating, generator, to_device
 from .curvature import FlatModel, GaussNewton, batch_rows, mean_gradient, sample_batches, sample_mask
-from .losses import batch_cross_entropy
 from .models import features_and_logits, last_linear
 from .solvers import CG, Exact
 
@@ -162,7 +161,7 @@ def gradient(self:LastLayerView)->Tensor: # (C·d,)
     return torch.einsum('nc,nd->cd', self.slope, self.features).flatten()/len(self)
 
 @patch
-def class_gradients(self:LastLayerView)->Tensor: # (C·d, C)
+def gradient_by_class(self:LastLayerView)->Tensor: # (C·d, C)
     "Gradient of the mean loss over the samples of each class; zero for a class without samples"
     onehot = nn.functional.one_hot(self.y, self.logits.shape[1]).to(self.features.dtype)
     parts = [torch.einsum('n,nc,nd->cd', w, self.slope, self.features).flatten() for w in onehot.T]
@@ -185,6 +184,7 @@ def _logit_hessian(loss, logits, batch):
     slope = grad(lambda z: loss(z, batch).sum())
     return torch.stack([jvp(slope, (logits,), (e.expand_as(logits),))[1] for e in torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)], 2)
 
+# %% ../nbs/07_influence.ipynb #07-influence-020
 def _view_of_batch(model, layer, loss, batch, forward, chosen, start):
     "Features, logits, losses, slope, Hessian of the chosen rows, their positions, index and labels of one batch"
     h, z = features_and_logits(model, batch, forward)
@@ -194,6 +194,7 @@ def _view_of_batch(model, layer, loss, batch, forward, chosen, start):
     bend = _logit_hessian(loss, z[rows], batch_rows(batch, rows)) if len(rows) else z.new_zeros(0, z.shape[1], z.shape[1])
     return h, z, loss(z, batch), slope, bend, (rows + start).to(z.device), batch['index'], batch['y']
 
+# %% ../nbs/07_influence.ipynb #07-influence-021
 def last_layer_view(
     model:nn.Module, # the model; its last linear layer gives the logits
     loss:Callable, # loss(logits, batch) -> (b,)
@@ -214,7 +215,7 @@ def last_layer_view(
     if not parts: raise ValueError("batches: no sample; give at least one batch, in a list or another re-iterable")
     return LastLayerView(*(torch.cat(p) for p in zip(*parts)))
 
-# %% ../nbs/07_influence.ipynb #07-influence-020
+# %% ../nbs/07_influence.ipynb #07-influence-022
 class LastLayerGaussNewton:
     "The Gauss-Newton matrix of the last layer in closed form: `@`, `dense()`, `trace()`"
     def __init__(self,
@@ -244,7 +245,7 @@ class LastLayerGaussNewton:
         "Trace, from the diagonals alone"
         return float((self.bend.diagonal(dim1=1, dim2=2).sum(1)*(self.h**2).sum(1)).mean())
 
-# %% ../nbs/07_influence.ipynb #07-influence-024
+# %% ../nbs/07_influence.ipynb #07-influence-026
 def _bend_limit(n_classes, n_samples):
     "How many logit Hessians to keep: at most 4·10⁷ numbers (4,000 samples of 100 classes), at least one"
     most = int(4e7)//n_classes**2
@@ -259,7 +260,7 @@ def last_layer_solver(
 
 def _seconds(start, *ends): return dict(zip(('gradient', 'solve', 'scoring'), (b - a for a, b in zip((start, *ends), ends))))
 
-# %% ../nbs/07_influence.ipynb #07-influence-025
+# %% ../nbs/07_influence.ipynb #07-influence-027
 def influence_scores(
     model:nn.Module, # trained model, used in eval mode and left as it was
     loss:Callable, # training loss: loss(logits, batch) -> (b,)
@@ -291,7 +292,7 @@ def influence_scores(
     times.append(perf_counter())
     return InfluenceScores(values, index, target, found.damping, found.residual, found.products, _seconds(*times))
 
-# %% ../nbs/07_influence.ipynb #07-influence-026
+# %% ../nbs/07_influence.ipynb #07-influence-028
 def check_order(
     name:str, # how the argument is called in messages
     first:Tensor, # (n,) index as one pass over the batches gave it
@@ -313,7 +314,7 @@ def _last_layer_scores(model, loss, train, val, solver, target, val_loss, forwar
     times = [perf_counter()]
     view_val = last_layer_view(model, val_loss or loss, val, forward, progress=progress)
     view = last_layer_view(model, loss, train, forward, _bend_limit(view_val.logits.shape[1], solver.n_samples if solver else None), progress)
-    b = view_val.gradient() if target == 'mean' else view_val.class_gradients()
+    b = view_val.gradient() if target == 'mean' else view_val.gradient_by_class()
     times.append(perf_counter())
     found = (solver or last_layer_solver(view)).solve(LastLayerGaussNewton(view), b)
     times.append(perf_counter())
@@ -322,7 +323,7 @@ def _last_layer_scores(model, loss, train, val, solver, target, val_loss, forwar
     times.append(perf_counter())
     return InfluenceScores(values.cpu(), view.index.cpu(), target, found.damping, found.residual, found.products, _seconds(*times))
 
-# %% ../nbs/07_influence.ipynb #07-influence-036
+# %% ../nbs/07_influence.ipynb #07-influence-038
 @dataclass(frozen=True, repr=False)
 class CrossScores:
     "Scores of the training samples under each fold's target, and of the fold's own validation samples as reference"
@@ -343,20 +344,22 @@ class CrossScores:
         return (f"**Cross scores** (`{self.score}`) of {len(self):,} training samples, {len(self.values)} folds with "
             f"{', '.join(str(len(r)) for r in self.reference)} reference samples; λ = {self.damping:.2e}, relative residual {self.residual:.1e}, {sum(self.seconds.values()):.2f} s")
 
+# %% ../nbs/07_influence.ipynb #07-influence-039
 def stratified_folds(
     labels:Tensor, # (m,) class labels
     folds:int=2, # number of folds
     seed:int=0 # seed of the assignment
 )->Tensor: # (m,) fold of each sample, sizes within a class differ by at most one
     "Assign samples to folds, balanced within each class; raises `ValueError` for fewer than two folds or samples"
-    if folds < 2 or len(labels) < folds: raise ValueError(f"folds is {folds} for {len(labels)} validation samples; use 2 or more, and at least one sample in each")
+    if folds < 2 or len(labels) < folds:
+        raise ValueError(f"folds is {folds} for {len(labels)} validation samples; use 2 or more, and at least one sample in each")
     order = torch.randperm(len(labels), generator=generator(seed, 'folds'))
     order = order[labels.cpu()[order].argsort(stable=True)]
     fold = torch.empty(len(labels), dtype=torch.long)
     fold[order] = torch.arange(len(labels)) % folds
     return fold
 
-# %% ../nbs/07_influence.ipynb #07-influence-039
+# %% ../nbs/07_influence.ipynb #07-influence-042
 SCORES = ('local+loss', 'local', 'mean', 'loss')
 
 def combine_scores(
@@ -372,7 +375,7 @@ def combine_scores(
     tiny = torch.finfo(losses.dtype).tiny
     return influence/train_influence.std().clamp_min(tiny) - losses/train_losses.std().clamp_min(tiny)
 
-# %% ../nbs/07_influence.ipynb #07-influence-040
+# %% ../nbs/07_influence.ipynb #07-influence-043
 def _last_layer_folds(model, loss, val_loss, train, val, folds, target, solver, forward, seed, progress):
     "Influence of every training and validation sample under each fold's target, by the last layer in closed form"
     start = perf_counter()
@@ -380,7 +383,7 @@ def _last_layer_folds(model, loss, val_loss, train, val, folds, target, solver, 
     t = last_layer_view(model, loss, train, forward, _bend_limit(v.logits.shape[1], solver.n_samples if solver else None), progress)
     held = last_layer_view(model, val_loss, val, forward, progress=progress) if val_loss else v
     fold = stratified_folds(v.y, folds, seed).to(v.y.device)
-    b = [held.take(fold != k).gradient()[:, None] if target == 'mean' else held.take(fold != k).class_gradients() for k in range(folds)]
+    b = [held.take(fold != k).gradient()[:, None] if target == 'mean' else held.take(fold != k).gradient_by_class() for k in range(folds)]
     gradient = perf_counter()
     found = (solver or last_layer_solver(t)).solve(LastLayerGaussNewton(t), torch.cat(b, 1))
     solve, x = perf_counter(), found.x.chunk(folds, 1)
@@ -388,7 +391,7 @@ def _last_layer_folds(model, loss, val_loss, train, val, folds, target, solver, 
     influence = torch.stack([read(t, s) for s in x]), torch.stack([read(v, s) for s in x])
     return t, v, fold, *influence, found, _seconds(start, gradient, solve, perf_counter())
 
-# %% ../nbs/07_influence.ipynb #07-influence-042
+# %% ../nbs/07_influence.ipynb #07-influence-045
 def _all_layer_folds(model, loss, val_loss, train, val, folds, target, solver, forward, seed, progress):
     "The same with all layers: forward-mode passes over both sets"
     start, flat, held, val = perf_counter(), FlatModel(model, loss, forward), FlatModel(model, val_loss or loss, forward), list(val)
@@ -407,7 +410,7 @@ def _all_layer_folds(model, loss, val_loss, train, val, folds, target, solver, f
         return torch.stack([u[:, 0] if target == 'mean' else (u*view.logits.softmax(-1)).sum(1) for u in values])
     return t, v, fold, read(train, t), read(val, v), found, _seconds(start, gradient, solve, perf_counter())
 
-# %% ../nbs/07_influence.ipynb #07-influence-043
+# %% ../nbs/07_influence.ipynb #07-influence-046
 def cross_scores(
     model:nn.Module, # trained model, used in eval mode and left as it was
     loss:Callable, # training loss: loss(logits, batch) -> (b,)

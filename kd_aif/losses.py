@@ -6,7 +6,6 @@
 __all__ = ['reduce_losses', 'kd_loss', 'distill_loss', 'batch_cross_entropy', 'weighted_mean']
 
 # %% ../nbs/04_losses.ipynb #04-losses-002
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .core import check_fraction, check_positive

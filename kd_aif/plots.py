@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score, roc_curve
 from .core import atomic_write
-from .records import METHODS, group_records, method_label, method_order, metrics_table, paired_difference, seconds_table, setting_of, summary_table
+from .records import METHODS, group_records, method_label, method_order, metrics_table, paired_difference, seconds_table, summary_table
 
 # %% ../nbs/13_plots.ipynb #13-plots-008
 RIGHT, WRONG, GREY = '#0173b2', '#de8f05', '#6b6b6b'  # from seaborn's colour-blind palette

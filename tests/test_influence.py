@@ -213,7 +213,7 @@ def test_last_layer_view_is_what_autograd_says(kind):
     same(view.logits, logits.detach()); same(view.losses, losses.detach())
     same(view.scores(s), gradients @ s); same(view.scores(s[:, 0]), gradients @ s[:, 0])
     same(view.gradient(), gradients.mean(0))
-    same(view.class_gradients()[:, 1], gradients[data['y'] == 1].mean(0))
+    same(view.gradient_by_class()[:, 1], gradients[data['y'] == 1].mean(0))
     assert len(view.bend) == len(view.bend_rows.unique()) == 5
     same(view.bend, (torch.diag_embed(p) - p[:, :, None]*p[:, None])[view.bend_rows])
     part = view.take(data['y'] != 0)
