@@ -308,21 +308,26 @@ def accuracy_figure(
     return figure
 
 # %% ../nbs/13_plots.ipynb #13-plots-048
+def _form_label(record):
+    "Label of the method, with the strength of its weights when they are not the calibrated ones."
+    beta = record.config.get('beta')
+    return method_label(record.method) + (f' (beta={beta:g})' if isinstance(beta, (int, float)) else '')
+
 def weights_figure(
     records, # list of `Record`, of which those with stored diagnostics are drawn
 )->Figure|None: # not registered with pyplot; None if no record has diagnostics of weights
-    "Weight histograms, one per method, and the ROC curves of the weights as detectors of wrong labels; of each method the run with the smallest seed."
+    "Weight histograms, one per method, and the ROC curves of the weights as detectors of wrong labels; of each method and form the run with the smallest seed."
     first = {}
     for r in sorted(records, key=lambda r: r.seed):
-        if r.metrics.get('weight_histogram'): first.setdefault(r.method, r)
+        if r.metrics.get('weight_histogram'): first.setdefault(_form_label(r), r)
     if not first: return None
-    shown = [first[m] for m in method_order(first)]
-    curves = {method_label(r.method): (*[r.metrics['roc'][k] for k in ('fpr', 'tpr')], r.metrics.get('weight_auc')) for r in shown if r.metrics.get('roc')}
+    shown = {label: r for m in method_order([r.method for r in first.values()]) for label, r in first.items() if r.method == m}
+    curves = {label: (*[r.metrics['roc'][k] for k in ('fpr', 'tpr')], r.metrics.get('weight_auc')) for label, r in shown.items() if r.metrics.get('roc')}
     panels = len(shown) + bool(curves)
     figure = _figure(3.9*panels, 3.4, 'Weights of right and of wrong labels')
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    for ax,r in zip(axes, shown):
-        weight_histogram(r.metrics['weight_histogram'], ax=ax).set_title(f'{method_label(r.method)}, seed {r.seed}', fontsize=10)
+    for ax,(label,r) in zip(axes, shown.items()):
+        weight_histogram(r.metrics['weight_histogram'], ax=ax).set_title(f'{label}, seed {r.seed}', fontsize=9)
     if curves: detector_roc(curves, ax=axes[-1])
     return figure
 
