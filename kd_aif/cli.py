@@ -26,7 +26,7 @@ from .data import DATASETS, ImageBatches, asymmetric_noise, augmentation_for, ho
 from .distill import MixedBatches, distill
 from .influence import SCORES
 from .models import build_model, load_model, save_model
-from .plots import helpful_images, html_report, report_sections, weight_diagnostics
+from .plots import helpful_images, html_report, report_sections, strength_suffix, weight_diagnostics
 from .records import find_record, load_records, make_record, save_record, summary_table
 
 # %% ../nbs/14_cli.ipynb #14-cli-005
@@ -220,17 +220,12 @@ def _check_folder(out):
     existing = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
     if not existing.is_dir(): raise ValueError(f"out is {str(out)!r}, but {existing} is a file; give a folder")
 
-def _form(record):
-    "Method, with the strength of its weights when they are not the calibrated ones"
-    beta = record.config.get('beta', 'calibrated')
-    return record.method if beta == 'calibrated' else f'{record.method} (beta={beta:g})'
-
 def _row(record):
     "A record in one line"
     m = record.metrics
     shown = dict(clean_fraction='share of clean labels', true_clean_fraction='true', weight_auc='AUC') if 'clean_fraction' in m else {}
     extra = [f"{label} {m[key]:.3f}" for key, label in shown.items() if m.get(key) is not None]
-    return f"{_form(record):23s} seed {record.seed}  test accuracy {m['test_accuracy']:.2%}  {sum(record.seconds.values()):6.1f} s  {'  '.join(extra)}".rstrip()
+    return f"{record.method + strength_suffix(record):23s} seed {record.seed}  test accuracy {m['test_accuracy']:.2%}  {sum(record.seconds.values()):6.1f} s  {'  '.join(extra)}".rstrip()
 
 # %% ../nbs/14_cli.ipynb #14-cli-025
 @call_parse
@@ -308,7 +303,7 @@ def kd_aif_quickstart(
                     records.append(record); print(_row(record), flush=True)
                     if method == 'kd_aif_both' and seed == 0: first = run, task_data(task, progress=False)[0]
         finally: torch.set_num_threads(threads); scratch.cleanup()
-        rows = [dict(method=_form(r), seed=r.seed, test_accuracy=r.metrics['test_accuracy'], seconds=sum(r.seconds.values())) for r in records]
+        rows = [dict(method=r.method + strength_suffix(r), seed=r.seed, test_accuracy=r.metrics['test_accuracy'], seconds=sum(r.seconds.values())) for r in records]
         atomic_write(out/'summary.json', json.dumps(rows, indent=1) + '\n')
         report = html_report(out/'report.html', 'kd_aif quickstart: digits with 30 % wrong labels', quickstart_sections(records, *first))
         print(); print(summary_table(records)); print(f'\nreport: {report.resolve()}')
@@ -336,5 +331,5 @@ def kd_aif_data(
         names = dataset.split(',') if dataset else list(DATASETS)
         for name in names:
             try: sets = [load_images(name, split, data) for split in ('train', 'test')]
-            except (FileNotFoundError, ConnectionError, OSError) as e: print(f'{name:9s} not at hand: {e}'); continue
+            except OSError as e: print(f'{name:9s} not at hand: {e}'); continue
             print(f"{name:9s} {' and '.join(f'{len(s):,} {s.split}' for s in sets)} images, {sets[0].n_classes} classes  {sets[0].note}  fingerprint {sets[0].fingerprint[:12]}".rstrip())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RIGHT', 'WRONG', 'GREY', 'method_colours', 'accuracy_bars', 'difference_bars', 'weight_histogram',
            'weight_diagnostics', 'detector_roc', 'image_grid', 'helpful_images', 'html_report', 'accuracy_figure',
-           'weights_figure', 'setting_items', 'report_sections']
+           'strength_suffix', 'weights_figure', 'setting_items', 'report_sections']
 
 # %% ../nbs/13_plots.ipynb #13-plots-002
 import base64, html, io, math, re
@@ -308,10 +308,12 @@ def accuracy_figure(
     return figure
 
 # %% ../nbs/13_plots.ipynb #13-plots-048
-def _form_label(record):
-    "Label of the method, with the strength of its weights when they are not the calibrated ones."
+def strength_suffix(
+    record, # any `Record`
+)->str: # such as ' (beta=1)', to be put behind the name of the method; '' for calibrated weights and for none
+    "The strength of a run's weights, where they have one."
     beta = record.config.get('beta')
-    return method_label(record.method) + (f' (beta={beta:g})' if isinstance(beta, (int, float)) else '')
+    return f' (beta={beta:g})' if isinstance(beta, (int, float)) else ''
 
 def weights_figure(
     records, # list of `Record`, of which those with stored diagnostics are drawn
@@ -319,7 +321,7 @@ def weights_figure(
     "Weight histograms, one per method, and the ROC curves of the weights as detectors of wrong labels; of each method and form the run with the smallest seed."
     first = {}
     for r in sorted(records, key=lambda r: r.seed):
-        if r.metrics.get('weight_histogram'): first.setdefault(_form_label(r), r)
+        if r.metrics.get('weight_histogram'): first.setdefault(method_label(r.method) + strength_suffix(r), r)
     if not first: return None
     shown = {label: r for m in method_order([r.method for r in first.values()]) for label, r in first.items() if r.method == m}
     curves = {label: (*[r.metrics['roc'][k] for k in ('fpr', 'tpr')], r.metrics.get('weight_auc')) for label, r in shown.items() if r.metrics.get('roc')}
