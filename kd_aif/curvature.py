@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FlatModel', 'mean_gradient', 'logit_hessian_product', 'gauss_newton_product', 'GaussNewton', 'hessian_product',
            'Hessian', 'logit_hessians', 'hessian_roots', 'logit_roots', 'batch_size', 'batch_rows', 'sample_mask',
-           'sample_batches', 'sample_gradients', 'Rows', 'StreamedRows', 'root_rows', 'sampled_rows', 'mean_eigenvalue']
+           'merged', 'sample_batches', 'sample_gradients', 'Rows', 'StreamedRows', 'root_rows', 'sampled_rows',
+           'mean_eigenvalue']
 
 # %% ../nbs/05_curvature.ipynb #05-curvature-002
 import warnings
@@ -65,7 +66,8 @@ def flatten(self:FlatModel,
     tensors:Iterable[Tensor] # one tensor for each parameter, in the order of `names`; None counts as zero
 )->Tensor: # (P,)
     "Named tensors, laid end to end"
-    return torch.cat([torch.zeros(s.numel(), dtype=self.dtype, device=self.device) if t is None else t.reshape(-1) for t, s in zip(tensors, self.shapes)])
+    zero = lambda shape: torch.zeros(shape.numel(), dtype=self.dtype, device=self.device)
+    return torch.cat([zero(s) if t is None else t.to_dense().reshape(-1) for t, s in zip(tensors, self.shapes)])
 
 @patch
 def tensors(self:FlatModel,
@@ -110,7 +112,7 @@ def mean_gradient(
 )->Tensor: # (P,) gradient of the mean loss at the current parameters
     "Gradient of the mean per-sample loss; raises `ValueError` when there is no sample"
     total, n, loss = torch.zeros(flat.size, dtype=flat.dtype, device=flat.device), 0, loss or flat.loss
-    with measuring(flat.model):
+    with measuring(flat.model), torch.enable_grad():
         for batch in batches:
             batch = to_device(batch, flat.device)
             leaves = {k: p.requires_grad_() for k, p in flat.parameters().items()}
@@ -211,8 +213,9 @@ def hessian_roots(
     hessians:Tensor # (b, C, C) symmetric
 )->Tensor: # (b, C, C) R with RᵀR = H
     "A square root of every matrix, up to rounding of their precision; eigenvalues below zero (a loss that is not convex) count as none"
+    if not torch.isfinite(hessians).all(): raise ValueError("hessians: a value is not finite; check the model's weights and inputs for NaN")
     eps, H = torch.finfo(hessians.dtype), ((hessians + hessians.mT)/2).double()
-    jitter = H.shape[1]*eps.eps*H.diagonal(dim1=1, dim2=2).sum(1).clamp_min(eps.tiny)
+    jitter = eps.eps*H.diagonal(dim1=1, dim2=2).sum(1).clamp_min(eps.tiny)
     L, failed = torch.linalg.cholesky_ex(H + jitter[:, None, None]*torch.eye(H.shape[1]).to(H))
     if (rows := failed.nonzero()[:, 0]).numel():
         values, vectors = torch.linalg.eigh(H[rows])
@@ -253,23 +256,46 @@ def sample_mask(
     chosen[torch.randperm(total, generator=generator(seed, 'curvature sample'))[:n]] = True
     return chosen
 
+def merged(
+    batches:list[dict], # batches whose tensors have one row per sample
+    size:int # samples in a merged batch
+)->list[dict]: # the same samples in the same order, in fewer batches where their shapes allow it
+    "Small batches put together, since a pass over many small ones is slow; batches that do not fit together are kept as they are"
+    def shapes(batch):
+        n = batch_size(batch)
+        if not all(isinstance(v, Tensor) and v.ndim and len(v) == n for v in batch.values()): return None
+        return {k: (v.shape[1:], v.dtype, v.device) for k, v in batch.items()}
+    def joined(group):
+        if len(group) == 1: return group[0]
+        layout = lambda v: torch.channels_last if v.ndim == 4 and v.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        return {k: torch.cat([b[k] for b in group]).contiguous(memory_format=layout(v)) for k, v in group[0].items()}
+    groups = []
+    for batch in batches:
+        fits = groups and shapes(batch) is not None and shapes(batch) == shapes(groups[-1][0])
+        if fits and sum(map(batch_size, groups[-1])) + batch_size(batch) <= size: groups[-1].append(batch)
+        else: groups.append([batch])
+    return [joined(group) for group in groups]
+
+# %% ../nbs/05_curvature.ipynb #05-curvature-038
 def sample_batches(
     batches:Iterable[dict], # re-iterable batches with 'index'
     n:int|None, # how many samples; None or more than there are keeps all of them
     seed:int=0, # seed of the choice
-)->list[dict]: # batches with the chosen rows only; `batches` itself when n is None
+)->list[dict]: # batches of the chosen rows, about as large as before; `batches` itself when n is None
     "A random sample of the rows of `batches`, kept in memory"
     if n is None: return batches
-    total = sum(map(batch_size, batches))
-    if n >= total: return list(batches)
-    chosen, sample, start = sample_mask(total, n, seed), [], 0
-    for batch in batches:
-        keep = chosen[start:start + batch_size(batch)].nonzero()[:, 0]
-        start += batch_size(batch)
+    if n < 0: raise ValueError(f"n_samples is {n}; give a number of samples, or None for all of them")
+    if n == 0: return []
+    sizes = [batch_size(batch) for batch in batches]
+    if n >= sum(sizes): return list(batches)
+    chosen, sample, start = sample_mask(sum(sizes), n, seed), [], 0
+    for batch, size in zip(batches, sizes):
+        keep = chosen[start:start + size].nonzero()[:, 0]
+        start += size
         if len(keep): sample.append(batch_rows(batch, keep))
-    return sample
+    return merged(sample, max(sizes))
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-040
+# %% ../nbs/05_curvature.ipynb #05-curvature-041
 def _one_sample(flat, batch, pull):
     "loss(parameters, row of the batch, row of pull) of one sample, and the batch's entries with and without a row per sample"
     n = batch_size(batch)
@@ -279,6 +305,16 @@ def _one_sample(flat, batch, pull):
         one = {**rest, **{k: v[None] for k, v in row.items()}}
         return flat.losses(parameters, one)[0] if w is None else (flat.logits(parameters, one)[0]*w).sum()
     return value, rows
+
+def _one_by_one(flat, value, rows, pull):
+    "(b, P) by plain reverse mode, which every model that can be trained has"
+    each = []
+    with torch.enable_grad():
+        for i in range(len(next(iter(rows.values())))):
+            leaves = {k: p.requires_grad_() for k, p in flat.parameters().items()}
+            out = value(leaves, {k: v[i] for k, v in rows.items()}, None if pull is None else pull[i])
+            each.append(flat.flatten(torch.autograd.grad(out, list(leaves.values()), allow_unused=True)))
+    return torch.stack(each)
 
 def sample_gradients(
     flat:FlatModel, # model and loss
@@ -292,11 +328,10 @@ def sample_gradients(
         try: found = vmap(slope, (None, 0, None if pull is None else 0))(parameters, rows, pull)
         except RuntimeError as error:
             warnings.warn(f"an operation of this model cannot be vectorised ({str(error).splitlines()[0][:120]}); one sample after the other, which is slower", stacklevel=2)
-            each = [slope(parameters, {k: v[i] for k, v in rows.items()}, None if pull is None else pull[i]) for i in range(len(next(iter(rows.values()))))]
-            found = {k: torch.stack([e[k] for e in each]) for k in parameters}
+            return _one_by_one(flat, value, rows, pull)
     return torch.cat([found[k].flatten(1) for k in parameters], 1)
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-043
+# %% ../nbs/05_curvature.ipynb #05-curvature-044
 class Rows:
     "Rows U (r, P) with UᵀU ≈ G, held in memory"
     def __init__(self,
@@ -328,7 +363,7 @@ class Rows:
         "Uᵀc: a combination of the rows"
         return self.held.T @ c
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-044
+# %% ../nbs/05_curvature.ipynb #05-curvature-045
 class StreamedRows(Rows):
     "The same rows, computed again whenever they are needed"
     def __init__(self,
@@ -347,12 +382,13 @@ class StreamedRows(Rows):
 
     def _inner_products(self): return torch.cat([torch.cat([a @ b.T for b in self.tiles()], 1) for a in self.tiles()])
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-045
+# %% ../nbs/05_curvature.ipynb #05-curvature-046
 @patch
 def forward(self:StreamedRows,
     x:Tensor # (P, k)
 )->Tensor: # (r, k)
-    "Ux by forward mode, one direction after the other"
+    "Ux by forward mode, one direction after the other; more than two of them by the rows themselves"
+    if x.shape[1] > 2: return torch.cat([tile @ x for tile in self.tiles()])
     columns = []
     with measuring(self.flat.model), torch.no_grad():
         for tangents in map(self.flat.tangents, x.T):
@@ -364,8 +400,12 @@ def forward(self:StreamedRows,
 def backward(self:StreamedRows,
     c:Tensor # (r, k)
 )->Tensor: # (P, k)
-    "Uᵀc by reverse mode, one combination after the other"
+    "Uᵀc by reverse mode, one combination after the other; more than two of them by the rows themselves"
     total = torch.zeros(self.size, c.shape[1], dtype=c.dtype, device=c.device)
+    if c.shape[1] > 2:
+        start = 0
+        for tile in self.tiles(): total += tile.T @ c[start:start + len(tile)]; start += len(tile)
+        return total
     with measuring(self.flat.model), torch.enable_grad():
         for (batch, w), part in zip(self.parts, c.split([len(w) for _, w in self.parts])):
             leaves = {k: p.requires_grad_() for k, p in self.flat.parameters().items()}
@@ -375,7 +415,7 @@ def backward(self:StreamedRows,
                 total[:, k] += self.flat.flatten(slopes)
     return total
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-046
+# %% ../nbs/05_curvature.ipynb #05-curvature-047
 def root_rows(
     R:Tensor, # (b, C, C) square roots of the samples' Hessians
     draws:int|None, # rows for each sample; None: all C
@@ -384,10 +424,10 @@ def root_rows(
     "Rows w with E Σ wwᵀ = RᵀR: random combinations of the rows of each root, or all of them"
     if draws is None: return R.transpose(0, 1)
     if draws < 1: raise ValueError(f"draws is {draws}; give the number of rows for each sample, at least 1, or None for all of them")
-    signs = torch.randint(2, (draws, *R.shape[:2]), generator=draw)*2 - 1
-    return torch.einsum('kbi,bij->kbj', signs.to(R), R)/draws**.5
+    signs = torch.randint(2, (len(R), draws, R.shape[1]), generator=draw)*2 - 1
+    return torch.einsum('bki,bij->kbj', signs.to(R), R)/draws**.5
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-047
+# %% ../nbs/05_curvature.ipynb #05-curvature-048
 def sampled_rows(
     flat:FlatModel, # model and loss
     batches:Iterable[dict], # the samples
@@ -407,7 +447,7 @@ def sampled_rows(
     rows = StreamedRows(flat, [(batch, w/n**.5) for batch, w in parts], min(64, max(1, max_numbers//(4*flat.size))))
     return Rows(torch.cat(list(rows.tiles()))) if len(rows)*flat.size <= max_numbers else rows
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-051
+# %% ../nbs/05_curvature.ipynb #05-curvature-052
 @patch
 def rows(self:GaussNewton,
     n_samples:int|None=256, # samples; None is all of the operator's
@@ -419,7 +459,7 @@ def rows(self:GaussNewton,
     if key not in self._rows: self._rows[key] = sampled_rows(self.flat, sample_batches(self.batches, n_samples, seed), draws, seed)
     return self._rows[key]
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-053
+# %% ../nbs/05_curvature.ipynb #05-curvature-054
 def mean_eigenvalue(
     operator, # has .size and `@`; symmetric
     probes:int=4, # number of random sign vectors; the relative error falls as 1/√probes

@@ -9,8 +9,10 @@ __all__ = ['TARGETS', 'SCORES', 'InfluenceScores', 'class_gradients', 'LastLayer
 
 # %% ../nbs/07_influence.ipynb #07-influence-002
 import json
+from functools import wraps
+from types import SimpleNamespace
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 import torch
@@ -24,7 +26,7 @@ from .core import atomic_path, bar_options, generator, to_device
 from .curvature import FlatModel, GaussNewton, Rows, batch_rows, batch_size, hessian_roots, logit_hessians, mean_gradient, root_rows
 from .curvature import sample_batches, sample_gradients, sample_mask
 from .models import features_and_logits, last_linear
-from .scoring import directional_scores
+from .scoring import MODES, directional_scores
 from .solvers import CG, Exact, Woodbury, resolve_damping
 from .tangents import measuring
 from .truth import lds, loo_scores
@@ -44,7 +46,8 @@ class InfluenceScores:
     products:int # curvature products used
     seconds:dict # wall time of 'gradient', 'solve', 'scoring'
     note:str = '' # what the solver says of itself
-    direction:Tensor|None = None # (P,) or (P, k) s: where the next solve may start (`start=`); not saved
+    direction:Tensor|None = None # (P,) or (P, k) s; not saved
+    inverse:Callable|None = None # the inverse or preconditioner that was used; not saved
 
     def __len__(self): return len(self.index)
 
@@ -109,7 +112,20 @@ def load(cls:InfluenceScores,
 # %% ../nbs/07_influence.ipynb #07-influence-015
 TARGETS = ('mean', 'class', 'local', 'sample')
 
+def _measured(function):
+    "`function(model, …)` in full precision with gradients enabled, whatever surrounds the call; the model is put back"
+    @wraps(function)
+    def run(model, *args, **kwargs):
+        with torch.inference_mode(False), measuring(model), torch.enable_grad(): return function(model, *args, **kwargs)
+    return run
+
+def _check_finite(values):
+    "The scores, when all of them are numbers"
+    if torch.isfinite(values).all(): return values
+    raise ValueError("scores are not finite; check the model's weights and inputs for NaN, or increase damping")
+
 def _check_some(name, batches):
+    if iter(batches) is batches: raise ValueError(f"{name}: an iterator can be read only once; give a list or another re-iterable")
     for batch in batches: return
     raise ValueError(f"{name}: no sample; give at least one batch, in a list or another re-iterable")
 
@@ -286,6 +302,7 @@ def all_layer_solver(
 def _seconds(start, *ends): return dict(zip(('gradient', 'solve', 'scoring'), (b - a for a, b in zip((start, *ends), ends))))
 
 # %% ../nbs/07_influence.ipynb #07-influence-028
+@_measured
 def influence_scores(
     model:nn.Module, # trained model, used in eval mode and left as it was
     loss:Callable, # training loss: loss(logits, batch) -> (b,)
@@ -298,28 +315,40 @@ def influence_scores(
     forward:Callable|None=None, # forward(model, batch) -> logits; default model(batch['x'])
     progress:bool=True, # show bars
     *,
-    mode:str='auto', # how all layers are scored: 'auto' and 'forward' exact, 'finite' faster, see `directional_scores`
+    mode:str='auto', # how all layers are scored: 'auto' and 'forward' exact, 'finite' faster, see `directional_scores`; the last layer is exact
     losses:Tensor|None=None, # (n,) losses at θ in the order of train, if known: mode 'finite' then takes one forward pass
-    start:Tensor|None=None # `.direction` of earlier scores: where an iterative solver starts
+    start=None # earlier `InfluenceScores` of a model nearby, with the same target: `CG` starts from their s and goes on with their preconditioner and λ
 )->InfluenceScores: # .values (n,), (n, C) for target='class', (n, q) for 'sample'
     """∇L_V(θ)ᵀ(G + λI)⁻¹∇ℓ_i(θ) of every training sample: an estimate of n·(L_V after leaving i out and refitting − L_V).
     Raises `ValueError` for an unknown `target` or `mode`, an empty set, or a solve that fails. Koh and Liang (2017), eq. 2, with the sign turned."""
     _check_target(target)
+    if mode not in MODES: raise ValueError(f"mode is {mode!r}; use one of {', '.join(map(repr, MODES))}")
     for name, batches in (('train', train), ('val', val)): _check_some(name, batches)
     if last_layer: return _last_layer_scores(model, loss, train, val, solver, target, val_loss, forward, progress)
     times, flat, flat_val = [perf_counter()], FlatModel(model, loss, forward), FlatModel(model, val_loss or loss, forward)
     b = _target_gradient(flat_val, val, target)
     times.append(perf_counter())
     solver = solver or all_layer_solver(1 if b.ndim == 1 else b.shape[1])
-    if start is not None and start.shape != b.shape: raise ValueError(f"start is {tuple(start.shape)} but s is {tuple(b.shape)}; give the direction of scores with the same model and target")
-    found = solver.solve(GaussNewton(flat, sample_batches(train, solver.n_samples)), b, start)
+    solver, x0 = _warm(solver, start, b)
+    found = solver.solve(GaussNewton(flat, sample_batches(train, solver.n_samples)), b, x0)
     times.append(perf_counter())
     values, index = directional_scores(flat, train, found.x, mode, losses, progress)
     if target == 'local': values = _local(values, index, flat, train)
     times.append(perf_counter())
-    return InfluenceScores(values, index, target, found.damping, found.residual, found.products, _seconds(*times), found.note, found.x)
+    return InfluenceScores(values, index, target, found.damping, found.residual, found.products, _seconds(*times), found.note, found.x, found.inverse)
 
-# %% ../nbs/07_influence.ipynb #07-influence-029
+# %% ../nbs/07_influence.ipynb #07-influence-030
+def _warm(solver, start, b):
+    "Solver and first guess of a warm start"
+    if start is None: return solver, None
+    if not isinstance(start, InfluenceScores) or start.direction is None:
+        raise ValueError(f"start is a {type(start).__name__}; give InfluenceScores that were computed with all layers in this process (a file does not hold their direction)")
+    if start.direction.shape != b.shape:
+        raise ValueError(f"start has a direction {tuple(start.direction.shape)} but s is {tuple(b.shape)}; give scores with the same model and target")
+    if isinstance(solver, CG): solver = replace(solver, damping=start.damping, preconditioner=start.inverse or solver.preconditioner)
+    return solver, start.direction
+
+# %% ../nbs/07_influence.ipynb #07-influence-031
 def _target_gradient(flat, val, target):
     "(P,) or (P, k) gradient of the validation losses of a target"
     if target == 'mean': return mean_gradient(flat, val)
@@ -334,7 +363,7 @@ def _local(values, index, flat, batches):
     check_order('train', index, order)
     return (values*p).sum(1)
 
-# %% ../nbs/07_influence.ipynb #07-influence-030
+# %% ../nbs/07_influence.ipynb #07-influence-032
 def check_order(
     name:str, # how the argument is called in messages
     first:Tensor, # (n,) index as one pass over the batches gave it
@@ -363,9 +392,10 @@ def _last_layer_scores(model, loss, train, val, solver, target, val_loss, forwar
     values = view.scores(found.x)
     if target == 'local': values = (values*view.logits.softmax(-1)).sum(1)
     times.append(perf_counter())
-    return InfluenceScores(values.cpu(), view.index.cpu(), target, found.damping, found.residual, found.products, _seconds(*times), found.note, found.x)
+    return InfluenceScores(_check_finite(values.cpu()), view.index.cpu(), target, found.damping, found.residual, found.products, _seconds(*times), found.note, found.x)
 
-# %% ../nbs/07_influence.ipynb #07-influence-044
+# %% ../nbs/07_influence.ipynb #07-influence-046
+@_measured
 def self_influence(
     model:nn.Module, # trained model, used in eval mode and left as it was
     loss:Callable, # training loss: loss(logits, batch) -> (b,)
@@ -377,27 +407,36 @@ def self_influence(
 )->InfluenceScores: # .values (n,), not negative
     "∇ℓ_iᵀ(G + λI)⁻¹∇ℓ_i of every training sample; raises `ValueError` for a solver without a written inverse. Koh and Liang (2017), section 5.4"
     _check_some('train', train)
+    if solver is not None and not hasattr(solver, 'inverse'):
+        raise ValueError(f"solver is {type(solver).__name__}: self-influence needs one with a written inverse; use Woodbury(), EKFAC() or, for the last layer, Exact()")
     start, flat = perf_counter(), FlatModel(model, loss, forward)
     if last_layer:
-        view = last_layer_view(model, loss, train, forward, _bend_limit(flat.logits(flat.parameters(), to_device(next(iter(train)), flat.device)).shape[1], None), progress)
-        solver, operator = solver or Exact(), LastLayerGaussNewton(view)
-        pieces = ((i, view.take(at).gradients()) for at in _masks(len(view)) for i in (view.index[at],))
+        n_classes = flat.logits(flat.parameters(), to_device(next(iter(train)), flat.device)).shape[1]
+        view = last_layer_view(model, loss, train, forward, _bend_limit(n_classes, solver.n_samples if solver else None), progress)
+        operator = LastLayerGaussNewton(view)
+        solver = solver or (Exact() if operator.size <= 3000 else Woodbury(n_samples=1024))
+        pieces = ((i, view.take(at).gradients()) for at in _masks(len(view), max(1, 2**24//operator.size)) for i in (view.index[at],))
     else:
         solver = solver or Woodbury()
         operator = GaussNewton(flat, sample_batches(train, solver.n_samples))
         pieces = ((piece['index'], g) for piece, g in _gradients(flat, tqdm(train, desc='self-influence', leave=False, **bar_options(progress))))
-    lam = resolve_damping(getattr(solver, 'damping', 1.), operator, flat.theta)[0]
-    if not hasattr(solver, 'inverse'): raise ValueError(f"solver is {type(solver).__name__}: self-influence needs one with a written inverse; use Woodbury(), EKFAC() or, for the last layer, Exact()")
+    lam = _lam(solver, operator, flat.theta)
     apply, note = solver.inverse(operator, lam)
     solved = perf_counter()
     index, values = zip(*((i.cpu(), (g.T*apply(g.T)).sum(0).cpu()) for i, g in pieces))
-    return InfluenceScores(torch.cat(values), torch.cat(index), 'self', lam, float('nan'), 0, _seconds(start, start, solved, perf_counter()), note)
+    return InfluenceScores(_check_finite(torch.cat(values)), torch.cat(index), 'self', lam, float('nan'), 0, _seconds(start, start, solved, perf_counter()), note)
 
-def _masks(n, size=2048):
+def _masks(n, size):
     "Slices of at most `size` rows"
     return (slice(i, i + size) for i in range(0, n, size))
 
-# %% ../nbs/07_influence.ipynb #07-influence-047
+def _lam(solver, operator, like):
+    "λ as the solver itself would choose it"
+    if isinstance(solver, Exact): return solver._lam(operator, like)
+    rows = solver._rows(operator) if isinstance(solver, Woodbury) else None
+    return resolve_damping(getattr(solver, 'damping', 1.), operator, like, rows)[0]
+
+# %% ../nbs/07_influence.ipynb #07-influence-049
 @dataclass(frozen=True, repr=False)
 class CrossScores:
     "Scores of the training samples under each fold's target, and of the fold's own validation samples as reference"
@@ -418,7 +457,7 @@ class CrossScores:
         return (f"**Cross scores** (`{self.score}`) of {len(self):,} training samples, {len(self.values)} folds with "
             f"{', '.join(str(len(r)) for r in self.reference)} reference samples; λ = {self.damping:.2e}, relative residual {self.residual:.1e}, {sum(self.seconds.values()):.2f} s")
 
-# %% ../nbs/07_influence.ipynb #07-influence-048
+# %% ../nbs/07_influence.ipynb #07-influence-050
 def stratified_folds(
     labels:Tensor, # (m,) class labels
     folds:int=2, # number of folds
@@ -433,7 +472,7 @@ def stratified_folds(
     fold[order] = torch.arange(len(labels)) % folds
     return fold
 
-# %% ../nbs/07_influence.ipynb #07-influence-051
+# %% ../nbs/07_influence.ipynb #07-influence-053
 SCORES = ('local+loss', 'local', 'mean', 'loss')
 
 def combine_scores(
@@ -449,7 +488,7 @@ def combine_scores(
     tiny = torch.finfo(losses.dtype).tiny
     return influence/train_influence.std().clamp_min(tiny) - losses/train_losses.std().clamp_min(tiny)
 
-# %% ../nbs/07_influence.ipynb #07-influence-052
+# %% ../nbs/07_influence.ipynb #07-influence-054
 def _last_layer_folds(model, loss, val_loss, train, val, folds, target, solver, forward, seed, progress):
     "Influence of every training and validation sample under each fold's target, by the last layer in closed form"
     start = perf_counter()
@@ -465,11 +504,22 @@ def _last_layer_folds(model, loss, val_loss, train, val, folds, target, solver, 
     influence = torch.stack([read(t, s) for s in x]), torch.stack([read(v, s) for s in x])
     return t, v, fold, *influence, found, _seconds(start, gradient, solve, perf_counter())
 
-# %% ../nbs/07_influence.ipynb #07-influence-054
+# %% ../nbs/07_influence.ipynb #07-influence-056
+def _outputs(flat, batches):
+    "What the model says of all samples: .logits, .losses, .index, .y"
+    parts = []
+    with torch.no_grad():
+        for batch in batches:
+            batch = to_device(batch, flat.device)
+            z = flat.logits(flat.parameters(), batch)
+            parts.append((z, flat.loss(z, batch), batch['index'], batch['y']))
+    if not parts: raise ValueError("batches: no sample; give at least one batch, in a list or another re-iterable")
+    return SimpleNamespace(**dict(zip(('logits', 'losses', 'index', 'y'), map(torch.cat, zip(*parts)))))
+
 def _all_layer_folds(model, loss, val_loss, train, val, folds, target, solver, forward, seed, progress):
     "The same with all layers"
     start, flat, held, val = perf_counter(), FlatModel(model, loss, forward), FlatModel(model, val_loss or loss, forward), list(val)
-    t, v = (last_layer_view(model, loss, b, forward, progress=progress) for b in (train, val))
+    t, v = (_outputs(flat, b) for b in (train, val))
     fold = stratified_folds(v.y, folds, seed).to(v.y.device)
     position = fold.split([len(batch['index']) for batch in val])
     part = lambda k: [batch_rows(batch, (f != k).nonzero()[:, 0]) for batch, f in zip(val, position) if (f != k).any()]
@@ -486,7 +536,8 @@ def _all_layer_folds(model, loss, val_loss, train, val, folds, target, solver, f
         return torch.stack([u[:, 0] if target == 'mean' else (u*view.logits.softmax(-1)).sum(1) for u in values])
     return t, v, fold, read(train, t), read(val, v), found, _seconds(start, gradient, solve, perf_counter())
 
-# %% ../nbs/07_influence.ipynb #07-influence-055
+# %% ../nbs/07_influence.ipynb #07-influence-057
+@_measured
 def cross_scores(
     model:nn.Module, # trained model, used in eval mode and left as it was
     loss:Callable, # training loss: loss(logits, batch) -> (b,)
@@ -509,5 +560,5 @@ def cross_scores(
     t, v, fold, ours, theirs, found, seconds = measure(model, loss, val_loss, train, val, folds, target, solver, forward, seed, progress)
     values = torch.stack([combine_scores(i, t.losses, score, i, t.losses) for i in ours])
     reference = [combine_scores(j, v.losses, score, i, t.losses)[fold == k].cpu() for k, (i, j) in enumerate(zip(ours, theirs))]
-    return CrossScores(values.cpu(), t.index.cpu(), t.y.cpu(), tuple(reference), tuple(v.y[fold == k].cpu() for k in range(folds)),
+    return CrossScores(_check_finite(values.cpu()), t.index.cpu(), t.y.cpu(), tuple(reference), tuple(v.y[fold == k].cpu() for k in range(folds)),
         score, found.damping, found.residual, seconds)

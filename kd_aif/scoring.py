@@ -17,9 +17,13 @@ from .tangents import directional_derivative, measuring, pull_back_twice
 
 # %% ../nbs/06b_scoring.ipynb #06b-scoring-006
 def _moved(flat, s, step):
-    "A copy of the model at θ + step·s"
-    model = copy.deepcopy(flat.module)
-    known, tangents = dict(model.named_parameters()), flat.tangents(s)
+    "batch -> logits at θ + step·s: a copy of the model, or other parameters in it where it cannot be copied"
+    tangents = flat.tangents(s)
+    try: model = copy.deepcopy(flat.module)
+    except (RuntimeError, TypeError):
+        parameters = {k: p.add(tangents[k], alpha=step) for k, p in flat.parameters().items()}
+        return lambda batch: flat.logits(parameters, batch)
+    known = dict(model.named_parameters())
     with torch.no_grad():
         for name, t in tangents.items(): known[name].add_(t, alpha=step)
     return model.requires_grad_(False)
@@ -36,33 +40,34 @@ def finite_step(
     flat:FlatModel, # model and loss
     batch:dict, # a few samples to try the step on
     s:Tensor, # (P,) direction
-    one_sided:bool=False, # difference to the losses at θ, instead of to both sides
+    losses:Tensor|None=None, # (b,) losses at θ, if known: difference to them instead of to both sides
     tol:float=.01 # relative error that is good enough to stop looking
 )->tuple[float, float]: # the step ε, and its relative error on these samples
     "The step of finite differences along s: 10⁻⁵·‖θ‖/‖s‖ in single and 10⁻⁷ in double precision, changed by powers of ten until it agrees with exact derivatives"
-    tangents, theta = flat.tangents(s), flat.theta
-    exact = directional_derivative(lambda p: flat.losses(p, batch), flat.parameters(), tangents)[1]
-    first = (1e-5 if flat.dtype == torch.float32 else 1e-7)*float(theta.norm()/s.norm().clamp_min(torch.finfo(s.dtype).tiny))
-    here = flat.losses(flat.parameters(), batch) if one_sided else None
-    best = None
-    for factor in (1., 10., .1, 100., 1000.):
-        step = factor*first
-        found = _difference(flat, batch, _moved(flat, s, step), None if one_sided else _moved(flat, s, -step), step, here)
-        error = _relative_error(found, exact)
-        if best is None or error < best[1]: best = step, error
-        if error <= tol: break
+    with measuring(flat.model), torch.no_grad():
+        tangents, theta = flat.tangents(s), flat.theta
+        exact = directional_derivative(lambda p: flat.losses(p, batch), flat.parameters(), tangents)[1]
+        first = (1e-5 if flat.dtype == torch.float32 else 1e-7)*float(theta.norm()/s.norm().clamp_min(torch.finfo(s.dtype).tiny))
+        best = None
+        for factor in (1., 10., .1, 100., 1000.):
+            step = factor*first
+            found = _difference(flat, batch, _moved(flat, s, step), None if losses is not None else _moved(flat, s, -step), step, losses)
+            error = _relative_error(found, exact)
+            if best is None or error < best[1]: best = step, error
+            if error <= tol: break
     return best
 
 # %% ../nbs/06b_scoring.ipynb #06b-scoring-009
 MODES = ('auto', 'forward', 'finite', 'reverse', 'gradients')
 
-def _few(batch, n=16): return batch_rows(batch, torch.arange(min(n, batch_size(batch))))
+def _few(batch, n=8): return batch_rows(batch, torch.arange(min(n, batch_size(batch))))
 
 def _finite_scorer(flat, first, s, losses):
     "scorer(batch, known losses) -> (b,) by finite differences; exact, with a warning, where no step agrees with exact derivatives"
-    step, error = finite_step(flat, _few(first), s, losses is not None)
+    few = _few(first)
+    step, error = finite_step(flat, few, s, None if losses is None else losses[:batch_size(few)].to(flat.device))
     if not error <= .03:
-        warnings.warn(f"finite differences: no step agrees with exact derivatives (relative error {error:.0%} at best); scoring by forward mode instead", stacklevel=3)
+        warnings.warn(f"finite differences: no step agrees with exact derivatives (relative error {error:.0%} at best), or `losses` are not those at θ; scoring by forward mode instead", stacklevel=3)
         return _forward_scorer(flat, s)
     ahead, behind = _moved(flat, s, step), None if losses is not None else _moved(flat, s, -step)
     return lambda batch, known: _difference(flat, batch, ahead, behind, step, known)
@@ -107,6 +112,7 @@ def directional_scores(
             batch = to_device(batch, flat.device)
             scorer = scorer or _scorer(flat, batch, s, mode, losses)
             known = None if losses is None else losses[start:start + batch_size(batch)].to(flat.device)
+            if known is not None and known.shape != (batch_size(batch),): raise ValueError(f"losses are {tuple(losses.shape)}; give one for each sample, in the order of the batches")
             values.append(scorer(batch, known)); index.append(batch['index'])
             start += batch_size(batch)
     if not values: raise ValueError("batches: no sample to score; give at least one batch, in a list or another re-iterable")

@@ -27,6 +27,7 @@ class Solution:
     seconds:float # wall time
     damping:float # λ used
     note:str='' # what else there is to know, in words
+    inverse:Callable|None=None # v (P, k) -> (P, k): the inverse or preconditioner that was used, for a warm start elsewhere
 
     def __repr__(self): return self._repr_markdown_()
     def _repr_markdown_(self):
@@ -48,7 +49,7 @@ def resolve_damping(
     if hasattr(operator, 'trace'): mean = operator.trace()/operator.size
     elif rows is not None or hasattr(operator, 'rows'): mean = (rows or operator.rows()).mean_eigenvalue()
     else: mean, probes = mean_eigenvalue(operator, 4, like=like), 4
-    if not mean > 0: raise ValueError(f"damping='auto': the curvature's mean eigenvalue is {mean}; give damping as a number above 0")
+    if not mean > torch.finfo(like.dtype).tiny: raise ValueError(f"damping='auto': the curvature's mean eigenvalue is {mean}; give damping as a number above 0, and check the weights for NaN")
     return 2.5*float(mean), probes
 
 # %% ../nbs/06_solvers.ipynb #06-solvers-012
@@ -87,9 +88,15 @@ class Exact:
         G = operator.dense() if hasattr(operator, 'dense') else operator @ torch.eye(n, dtype=like.dtype, device=like.device)
         return ((G + G.T)/2).double()
 
+    def _lam(self, operator, like):
+        "λ; 'auto' by the exact trace"
+        if self.damping != 'auto': return resolve_damping(self.damping, operator, like)[0]
+        return 2.5*float(self._matrix(operator, like).trace())/operator.size
+
     def _factor(self, G, lam):
         "G + λI and its Cholesky factor"
         A = G + lam*torch.eye(len(G), dtype=G.dtype, device=G.device)
+        if not torch.isfinite(A).all(): raise ValueError("Exact: the curvature is not finite; check the model's weights and inputs for NaN")
         factor, info = torch.linalg.cholesky_ex(A)
         if info > 0: raise ValueError(f"Exact: G + λI is not positive definite at damping={lam:.1e}; increase damping")
         return A, factor
@@ -144,7 +151,7 @@ def _direct(solver, operator, b, rows=None):
         kind = type(solver).__name__
         raise ValueError(f"{kind}: the answer is not finite at damping={lam:.1e}; increase damping, or check weights and inputs for NaN")
     residual = _relative(_damped(operator, lam, x) - B, B) if solver.check else nan
-    return Solution(x.reshape(b.shape), residual, spent + solver.check*B.shape[1], perf_counter() - start, lam, note)
+    return Solution(x.reshape(b.shape), residual, spent + solver.check*B.shape[1], perf_counter() - start, lam, note, apply)
 
 # %% ../nbs/06_solvers.ipynb #06-solvers-021
 @dataclass(frozen=True)
@@ -161,6 +168,7 @@ class Diagonal:
     ): # v (P, k) -> (P, k), and a note in words
         "The inverse as a function, for use as a preconditioner too"
         closed = hasattr(operator, 'bend')
+        if not closed and not hasattr(operator, 'flat'): raise ValueError(f"Diagonal needs a model: give a GaussNewton operator, not {type(operator).__name__}")
         diagonal = last_layer_diagonal(operator) if closed else sampled_diagonal(operator.flat, operator.batches, seed=self.seed)
         return (lambda v: v/(diagonal.to(v) + lam)[:, None]), 'diagonal'
 
@@ -213,7 +221,7 @@ class CG:
     "Conjugate gradients on the curvature of `n_samples` training samples, preconditioned"
     damping:float|str = 'auto' # λ above 0, or 'auto'
     max_iter:int = 10 # largest number of iterations, one product each
-    tol:float = .2 # stop at this relative residual
+    tol:float = .25 # stop at this relative residual
     n_samples:int|None = 512 # samples for the curvature; None is all
     preconditioner:object|Callable|None = Woodbury(n_samples=256) # a direct solver, or v (P, k) -> M⁻¹v; None is the identity
     curvature:str = 'ggn' # 'ggn', or 'hessian' where the operator has one
@@ -241,7 +249,7 @@ class CG:
             z = torch.where(active, M(r), z)
             rz, old = torch.where(active, (r*z).sum(0), rz), rz
             p = torch.where(active, z + _divide(rz, old)*p, p)
-        return Solution(x.reshape(b.shape), _relative(r, B), spent, perf_counter() - start, lam)
+        return Solution(x.reshape(b.shape), _relative(r, B), spent, perf_counter() - start, lam, inverse=M)
 
     def _rows(self, operator):
         "The preconditioner's rows, which damping='auto' reads"

@@ -9,6 +9,7 @@ __all__ = ['FastTangents', 'measuring', 'push_forward', 'pull_back_twice', 'dire
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,37 +23,42 @@ def _parts(x):
     "Value and tangent (None where there is none) of an argument"
     return forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None)
 
-def _convolution(function, x, weight, bias=None, *settings, **more):
-    "y = w * x + b, of any dimension, also transposed"
-    (x, dx), (weight, dweight), (bias, dbias) = map(_parts, (x, weight, bias))
-    y, dy = function(x, weight, bias, *settings, **more), None
+def _convolution(function, input, weight, bias=None, *settings, inputs=1, **more):
+    "y = w * x + b of any dimension; `inputs` is the dimension of the weight that belongs to the channels of x"
+    (x, dx), (weight, dweight), (bias, dbias) = map(_parts, (input, weight, bias))
+    y, groups = function(x, weight, bias, *settings, **more), more.get('groups', settings[3] if len(settings) > 3 else 1)
+    if dx is None and dweight is None and dbias is None: return y
     with torch.no_grad():
-        if dweight is not None: dy = function(x, dweight, dbias, *settings, **more)
-        elif dbias is not None: dy = dbias.view(-1, *[1]*(weight.ndim - 2)).expand_as(y)
-        if dx is not None:
-            moved = function(dx, weight, None, *settings, **more)
-            dy = moved if dy is None else moved.add_(dy)
-    return y if dy is None else forward_ad.make_dual(y, dy)
+        if dx is not None and dweight is not None and groups == 1: # both products as one convolution, of stacked channels
+            dy = function(torch.cat([x, dx], 1 - weight.ndim), torch.cat([dweight, weight], inputs), dbias, *settings, **more)
+        else:
+            dy = None if dweight is None else function(x, dweight, dbias, *settings, **more)
+            if dweight is None and dbias is not None: dy = torch.zeros_like(y) + dbias.view(-1, *[1]*(weight.ndim - 2))
+            if dx is not None:
+                moved = function(dx, weight, None, *settings, **more)
+                dy = moved if dy is None else dy.add_(moved)
+    return forward_ad.make_dual(y, dy)
 
 # %% ../nbs/04b_tangents.ipynb #04b-tangents-007
-def _batch_norm(function, x, mean, variance, weight=None, bias=None, training=False, momentum=.1, eps=1e-5):
+def _batch_norm(function, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=.1, eps=1e-5):
     "In evaluation mode this is γ(x − μ)/σ + β: two fused operations for the tangent"
-    if training or mean is None or weight is None or bias is None:
-        return function(x, mean, variance, weight=weight, bias=bias, training=training, momentum=momentum, eps=eps)
-    (x, dx), (weight, dweight), (bias, dbias) = map(_parts, (x, weight, bias))
-    y, shape = function(x, mean, variance, weight=weight, bias=bias, training=False, momentum=momentum, eps=eps), (-1, *[1]*(x.ndim - 2))
+    settings = dict(training=training, momentum=momentum, eps=eps)
+    if training or running_mean is None or weight is None or bias is None: return function(input, running_mean, running_var, weight=weight, bias=bias, **settings)
+    (x, dx), (weight, dweight), (bias, dbias) = map(_parts, (input, weight, bias))
+    y, shape = function(x, running_mean, running_var, weight=weight, bias=bias, **settings), (-1, *[1]*(x.ndim - 2))
+    if dx is None and dweight is None and dbias is None: return y
     with torch.no_grad():
-        zero, scale = torch.zeros_like(mean), torch.rsqrt(variance + eps)
+        zero, scale = torch.zeros_like(running_mean), torch.rsqrt(running_var + eps)
         slope = scale*(zero if dweight is None else dweight)
-        shift = ((zero if dbias is None else dbias) - mean*slope).view(shape)
+        shift = ((zero if dbias is None else dbias) - running_mean*slope).view(shape)
         dy = torch.addcmul(shift, x, slope.view(shape))
-        if dx is not None: dy.addcmul_(dx, (weight*scale).view(shape))
+        if dx is not None: dy = dy.addcmul_(dx, (weight*scale).view(shape))
     return forward_ad.make_dual(y, dy)
 
 # %% ../nbs/04b_tangents.ipynb #04b-tangents-009
-def _max_pool2d(function, x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+def _max_pool2d(function, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
     "The tangent of the largest value in each window"
-    x, dx = _parts(x)
+    x, dx = _parts(input)
     y, at = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True)
     if dx is None: return y
     with torch.no_grad():
@@ -64,16 +70,38 @@ def _max_pool2d(function, x, kernel_size, stride=None, padding=0, dilation=1, ce
     return forward_ad.make_dual(y, dy)
 
 # %% ../nbs/04b_tangents.ipynb #04b-tangents-010
-_RULES = {f: _convolution for f in (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)}
+_RULES = {f: _convolution for f in (F.conv1d, F.conv2d, F.conv3d)}
+_RULES |= {f: partial(_convolution, inputs=0) for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)}
 _RULES |= {F.batch_norm: _batch_norm, F.max_pool2d: _max_pool2d, torch.max_pool2d: _max_pool2d}
 
+# %% ../nbs/04b_tangents.ipynb #04b-tangents-011
+def _embedding(function, input, weight, padding_idx=None, **settings):
+    "Rows of a table; the padding row gets no gradient, so it is no direction either"
+    table, dtable = _parts(weight)
+    y = function(input, table, padding_idx, **{**settings, 'sparse': False})
+    if dtable is None: return y
+    with torch.no_grad():
+        dy = F.embedding(input, dtable)
+        if padding_idx is not None: dy.masked_fill_((input == padding_idx % len(table))[..., None], 0)
+    return forward_ad.make_dual(y, dy)
+
+def _embedding_bag(function, input, weight, **settings):
+    "Sums and means of rows are linear in the table; a maximum is left to PyTorch"
+    table, dtable = _parts(weight)
+    if dtable is None or settings.get('mode') == 'max': return function(input, weight, **settings)
+    y = function(input, table, **settings)
+    with torch.no_grad(): return forward_ad.make_dual(y, function(input, dtable, **{**settings, 'max_norm': None}))
+
+_RULES |= {F.embedding: _embedding, F.embedding_bag: _embedding_bag}
+
+# %% ../nbs/04b_tangents.ipynb #04b-tangents-012
 class FastTangents(TorchFunctionMode):
     "Inside this context dual numbers follow the rules above where there is one, else PyTorch's"
     def __torch_function__(self, function, types, args=(), kwargs=None):
         rule = _RULES.get(function)
         return function(*args, **(kwargs or {})) if rule is None else rule(function, *args, **(kwargs or {}))
 
-# %% ../nbs/04b_tangents.ipynb #04b-tangents-012
+# %% ../nbs/04b_tangents.ipynb #04b-tangents-014
 @contextmanager
 def measuring(
     model:nn.Module, # the model whose derivatives are wanted
@@ -86,7 +114,7 @@ def measuring(
         with evaluating(model), torch.autocast(kind, enabled=False), sdpa_kernel(SDPBackend.MATH): yield
     finally: torch.backends.mha.set_fastpath_enabled(fused)
 
-# %% ../nbs/04b_tangents.ipynb #04b-tangents-014
+# %% ../nbs/04b_tangents.ipynb #04b-tangents-016
 def push_forward(
     function:Callable, # function(parameters) -> tensor
     parameters:dict, # name -> tensor: where
@@ -97,7 +125,7 @@ def push_forward(
         value, tangent = forward_ad.unpack_dual(function({k: forward_ad.make_dual(p, tangents[k]) for k, p in parameters.items()}))
         return value, torch.zeros_like(value) if tangent is None else tangent.detach()
 
-# %% ../nbs/04b_tangents.ipynb #04b-tangents-016
+# %% ../nbs/04b_tangents.ipynb #04b-tangents-018
 def pull_back_twice(
     function:Callable, # function(parameters) -> tensor
     parameters:dict, # name -> tensor: where
@@ -114,7 +142,7 @@ def pull_back_twice(
         tangent, = torch.autograd.grad([g for g, _ in known], u, [t for _, t in known]) if known else (torch.zeros_like(value),)
         return value, tangent.detach()
 
-# %% ../nbs/04b_tangents.ipynb #04b-tangents-018
+# %% ../nbs/04b_tangents.ipynb #04b-tangents-020
 def _lacks_forward_mode(error):
     "Is this how PyTorch says that an operation has no forward mode?"
     text = str(error).lower()
