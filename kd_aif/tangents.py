@@ -26,18 +26,17 @@ def _parts(x):
 def _convolution(function, input, weight, bias=None, *settings, inputs=1, **more):
     "y = w * x + b of any dimension; `inputs` is the dimension of the weight that belongs to the channels of x"
     (x, dx), (weight, dweight), (bias, dbias) = map(_parts, (input, weight, bias))
-    y, groups = function(x, weight, bias, *settings, **more), more.get('groups', settings[3] if len(settings) > 3 else 1)
-    if dx is None and dweight is None and dbias is None: return y
-    with torch.no_grad():
+    groups, dy = more.get('groups', settings[3] if len(settings) > 3 else 1), None
+    with torch.no_grad(): # before y, so that what it needs in passing is gone by then
         if dx is not None and dweight is not None and groups == 1: # both products as one convolution, of stacked channels
             dy = function(torch.cat([x, dx], 1 - weight.ndim), torch.cat([dweight, weight], inputs), dbias, *settings, **more)
-        else:
-            dy = None if dweight is None else function(x, dweight, dbias, *settings, **more)
-            if dweight is None and dbias is not None: dy = torch.zeros_like(y) + dbias.view(-1, *[1]*(weight.ndim - 2))
-            if dx is not None:
-                moved = function(dx, weight, None, *settings, **more)
-                dy = moved if dy is None else dy.add_(moved)
-    return forward_ad.make_dual(y, dy)
+        elif dweight is not None:
+            dy = function(x, dweight, dbias, *settings, **more)
+            if dx is not None: dy.add_(function(dx, weight, None, *settings, **more))
+        elif dx is not None: dy = function(dx, weight, dbias, *settings, **more)
+    y = function(x, weight, bias, *settings, **more)
+    if dy is None and dbias is not None: dy = torch.zeros_like(y) + dbias.view(-1, *[1]*(weight.ndim - 2))
+    return y if dy is None else forward_ad.make_dual(y, dy.detach())
 
 # %% ../nbs/04b_tangents.ipynb #04b-tangents-007
 def _batch_norm(function, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=.1, eps=1e-5):
