@@ -36,6 +36,19 @@ def _difference(flat, batch, ahead, behind, step, losses=None):
 # %% ../nbs/06b_scoring.ipynb #06b-scoring-007
 def _relative_error(found, exact): return float((found - exact).norm()/exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))
 
+def _try_steps(flat, batch, s, losses, tol):
+    "(step, relative error, model ahead, model behind) of the best step"
+    exact = directional_derivative(lambda p: flat.losses(p, batch), flat.parameters(), flat.tangents(s))[1]
+    first = (1e-5 if flat.dtype == torch.float32 else 1e-7)*float(flat.theta.norm()/s.norm().clamp_min(torch.finfo(s.dtype).tiny))
+    best = None
+    for factor in (1., 10., .1, 100., 1000.):
+        step = factor*first
+        ahead, behind = _moved(flat, s, step), None if losses is not None else _moved(flat, s, -step)
+        error = _relative_error(_difference(flat, batch, ahead, behind, step, losses), exact)
+        if best is None or error < best[1]: best = step, error, ahead, behind
+        if error <= tol: break
+    return best
+
 def finite_step(
     flat:FlatModel, # model and loss
     batch:dict, # a few samples to try the step on
@@ -44,18 +57,7 @@ def finite_step(
     tol:float=.01 # relative error that is good enough to stop looking
 )->tuple[float, float]: # the step ε, and its relative error on these samples
     "The step of finite differences along s: 10⁻⁵·‖θ‖/‖s‖ in single and 10⁻⁷ in double precision, changed by powers of ten until it agrees with exact derivatives"
-    with measuring(flat.model), torch.no_grad():
-        tangents, theta = flat.tangents(s), flat.theta
-        exact = directional_derivative(lambda p: flat.losses(p, batch), flat.parameters(), tangents)[1]
-        first = (1e-5 if flat.dtype == torch.float32 else 1e-7)*float(theta.norm()/s.norm().clamp_min(torch.finfo(s.dtype).tiny))
-        best = None
-        for factor in (1., 10., .1, 100., 1000.):
-            step = factor*first
-            found = _difference(flat, batch, _moved(flat, s, step), None if losses is not None else _moved(flat, s, -step), step, losses)
-            error = _relative_error(found, exact)
-            if best is None or error < best[1]: best = step, error
-            if error <= tol: break
-    return best
+    with measuring(flat.model), torch.no_grad(): return _try_steps(flat, batch, s, losses, tol)[:2]
 
 # %% ../nbs/06b_scoring.ipynb #06b-scoring-009
 MODES = ('auto', 'forward', 'finite', 'reverse', 'gradients')
@@ -65,11 +67,11 @@ def _few(batch, n=8): return batch_rows(batch, torch.arange(min(n, batch_size(ba
 def _finite_scorer(flat, first, s, losses):
     "scorer(batch, known losses) -> (b,) by finite differences; exact, with a warning, where no step agrees with exact derivatives"
     few = _few(first)
-    step, error = finite_step(flat, few, s, None if losses is None else losses[:batch_size(few)].to(flat.device))
+    step, error, ahead, behind = _try_steps(flat, few, s, None if losses is None else losses[:batch_size(few)].to(flat.device), .01)
     if not error <= .03:
-        warnings.warn(f"finite differences: no step agrees with exact derivatives (relative error {error:.0%} at best), or `losses` are not those at θ; scoring by forward mode instead", stacklevel=3)
+        warnings.warn(f"finite differences: no step agrees with exact derivatives (relative error {error:.0%} at best), or `losses` are not those at θ; "
+                      "scoring by forward mode instead", stacklevel=3)
         return _forward_scorer(flat, s)
-    ahead, behind = _moved(flat, s, step), None if losses is not None else _moved(flat, s, -step)
     return lambda batch, known: _difference(flat, batch, ahead, behind, step, known)
 
 def _forward_scorer(flat, s, derivative=directional_derivative):
