@@ -210,13 +210,21 @@ class Bench:
     def __init__(self,
         task:InfluenceTask, # network and data
         damping:float|str=.1, # λ, or 'auto': what the default solver would choose
-        progress:bool=False # show a bar while the network is trained
+        progress:bool=False, # show a bar while the network is trained
+        channels_first:bool=False # weights and images in the layout that PyTorch gives a new model, instead of `build_model`'s
     ):
         self.task, self.loss = task, batch_cross_entropy
         self.model, self.previous = task.networks(progress)
         self.train, self.val = (list(ImageBatches(data, task.batch_size).plain()) for data in task.data())
+        if channels_first: self._make_contiguous()
         self.flat = FlatModel(self.model, self.loss)
         self.damping = float(damping) if damping != 'auto' else self.scores(CG()).damping
+
+    def _make_contiguous(self):
+        "Channels first everywhere"
+        for model in (self.model, self.previous):
+            for p in model.parameters(): p.data = p.data.contiguous()
+        self.train, self.val = ([{k: v.contiguous() if isinstance(v, Tensor) else v for k, v in b.items()} for b in part] for part in (self.train, self.val))
 
     def scores(self,
         solver, # any of `kd_aif.solvers`
@@ -449,17 +457,18 @@ def influence_bench(
     rows:Iterable[str]|None=None, # names in `ROWS`; default all of ours, no peers
     repeats:int=3, # runs of each row
     out=None, # folder of the records; None writes none
-    say:Callable=print # told a line for each row
+    say:Callable=print, # told a line for each row
+    channels_first:bool=False # images and weights channels first
 )->tuple[list, dict]: # records in the order of the rows; and name -> why, of rows that could not be run
     "Measure rows that have no record yet; raises `ValueError` for unknown rows"
     rows, records, missing, bench = list(rows or [*SCORING, *SOLVERS]), [], {}, None
     if unknown := [n for n in rows if n not in ROWS]: raise ValueError(f"rows: unknown {', '.join(unknown)}; use {', '.join(ROWS)}")
     if repeats < 1: raise ValueError(f"repeats is {repeats}; give 1 or more")
     for name in rows:
-        config = dict(kind=ROWS[name].kind, damping=damping, settings=ROWS[name].settings)
+        config = dict(kind=ROWS[name].kind + (', channels first' if channels_first else ''), damping=damping, settings=ROWS[name].settings)
         record = _known_record(out, task, name, config)
         if record is None:
-            bench = bench or Bench(task, damping)
+            bench = bench or Bench(task, damping, channels_first=channels_first)
             try: metrics, seconds = measure(bench, ROWS[name], repeats)
             except ImportError as error: missing[name] = 'not installed'; say(f'{row_label(name):32s} not installed: {error}'); continue
             record = _make_record(task, name, config, metrics=metrics, seconds=seconds)
@@ -667,6 +676,7 @@ def kd_aif_bench(
     n_val:int=None, # validation images, default 500
     epochs:int=None, # of the training, default 15
     threads:int=1, # threads of PyTorch
+    channels_first:store_true=False, # influence: images and weights channels first, as PyTorch makes them, instead of channels last
     out:str='reports/results', # folder of the records
 ):
     "Benchmark influence scores against exact ones, other libraries and retraining, one record per row; rows that have a record are skipped"
@@ -683,9 +693,9 @@ def kd_aif_bench(
             print(); print(lds_table(records, [(n, damping) for n in missing], missing))
             return
         names = names or [*SCORING, *SOLVERS, *(PEERS if peers else ())]
-        records, missing = influence_bench(InfluenceTask(dataset, model, **changes), damping, names, repeats, out)
+        records, missing = influence_bench(InfluenceTask(dataset, model, **changes), damping, names, repeats, out, channels_first=channels_first)
         for kind in ('scoring', 'solver'):
-            chosen = [r for r in records if (r.config['kind'] == 'scoring') == (kind == 'scoring')]
+            chosen = [r for r in records if r.config['kind'].startswith('scoring') == (kind == 'scoring')]
             lacking = {n: why for n, why in missing.items() if (ROWS[n].kind == 'scoring') == (kind == 'scoring')}
             if chosen or lacking: print(); print(cost_table(chosen, missing=lacking))
 
