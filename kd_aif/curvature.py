@@ -42,6 +42,7 @@ class FlatModel:
         if not names: raise ValueError("names: no parameter to differentiate; the model has none with requires_grad=True")
         self.names, self.shapes = names, [known[n].shape for n in names]
         self.device, self.dtype = known[names[0]].device, known[names[0]].dtype
+        self.channels_last = self.device.type == 'cpu' and any(isinstance(m, nn.Conv2d) for m in model.modules())
 
 # %% ../nbs/05_curvature.ipynb #05-curvature-007
 @patch(as_prop=True)
@@ -57,9 +58,22 @@ def theta(self:FlatModel):
 
 @patch
 def parameters(self:FlatModel)->dict: # name -> tensor, detached
-    "The current parameters as named tensors, in the memory layout of the model"
+    "The current parameters as named tensors; those of convolutions on a CPU channels last, which is several times faster there"
     known = dict(self.model.named_parameters())
-    return {f'model.{n}': known[n].detach() for n in self.names}
+    return {f'model.{n}': self._laid_out(known[n].detach()) for n in self.names}
+
+@patch
+def _laid_out(self:FlatModel, tensor):
+    "Channels last where that is faster"
+    images = self.channels_last and tensor.ndim == 4 and tensor.is_floating_point()
+    return tensor.contiguous(memory_format=torch.channels_last) if images else tensor
+
+@patch
+def prepare(self:FlatModel,
+    batch:dict # one batch
+)->dict: # the same keys
+    "A batch on the device of the model, images in the layout in which they are fastest"
+    return {k: self._laid_out(v) if isinstance(v, Tensor) else v for k, v in to_device(batch, self.device).items()}
 
 @patch
 def flatten(self:FlatModel,
@@ -82,10 +96,8 @@ def tensors(self:FlatModel,
 def tangents(self:FlatModel,
     vector:Tensor # (P,) direction
 )->dict: # name -> tensor
-    "A direction cut into named tensors, in the memory layout of the model: convolutions run faster when weights and images agree"
-    layout = lambda p: torch.channels_last if p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    cut, where = self.tensors(vector), self.parameters()
-    return {k: t.contiguous(memory_format=layout(where[k])) for k, t in cut.items()}
+    "A direction cut into named tensors, in the same layout as `parameters`"
+    return {k: self._laid_out(t) for k, t in self.tensors(vector).items()}
 
 # %% ../nbs/05_curvature.ipynb #05-curvature-010
 @patch
@@ -114,7 +126,7 @@ def mean_gradient(
     total, n, loss = torch.zeros(flat.size, dtype=flat.dtype, device=flat.device), 0, loss or flat.loss
     with measuring(flat.model), torch.enable_grad():
         for batch in batches:
-            batch = to_device(batch, flat.device)
+            batch = flat.prepare(batch)
             leaves = {k: p.requires_grad_() for k, p in flat.parameters().items()}
             losses = loss(flat.logits(leaves, batch), batch)
             total, n = total + flat.flatten(torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)), n + len(losses)
@@ -167,7 +179,7 @@ class GaussNewton:
         tangents, total, n = self.flat.tangents(v), torch.zeros_like(v), 0
         with measuring(self.flat.model):
             for batch in self.batches:
-                product, b = self._product(self.flat, to_device(batch, self.flat.device), tangents)
+                product, b = self._product(self.flat, self.flat.prepare(batch), tangents)
                 total, n = total + product, n + b
         if n == 0: raise ValueError("batches: no sample for the curvature; give at least one batch, in a list or another re-iterable")
         self.products += 1
@@ -439,7 +451,7 @@ def sampled_rows(
     parts, draw, n = [], generator(seed, 'rows'), 0
     with measuring(flat.model), torch.no_grad():
         for batch in batches:
-            batch = to_device(batch, flat.device)
+            batch = flat.prepare(batch)
             R = logit_roots(flat.loss, z := flat.logits(flat.parameters(), batch), batch)
             parts += [(batch, w) for w in root_rows(R, draws, draw)]
             n += len(z)

@@ -149,7 +149,7 @@ def _gradients(flat, batches):
     "(rows of a batch, their gradients (b, P)), in pieces of at most 2²⁶ numbers"
     size = max(1, min(64, 2**26//flat.size))
     for batch in batches:
-        batch = to_device(batch, flat.device)
+        batch = flat.prepare(batch)
         for at in torch.arange(batch_size(batch)).split(size):
             piece = batch_rows(batch, at)
             yield piece, sample_gradients(flat, piece).detach()
@@ -354,7 +354,7 @@ def _target_gradient(flat, val, target):
     if target == 'mean': return mean_gradient(flat, val)
     if target == 'sample': return torch.cat([g for _, g in _gradients(flat, val)]).T.contiguous()
     with measuring(flat.model), torch.no_grad():
-        n_classes = next(flat.logits(flat.parameters(), to_device(batch, flat.device)).shape[1] for batch in val)
+        n_classes = next(flat.logits(flat.parameters(), flat.prepare(batch)).shape[1] for batch in val)
     return class_gradients(flat, val, n_classes)
 
 def _local(values, index, flat, batches):
@@ -376,7 +376,7 @@ def check_order(
 def _probabilities(flat, batches):
     "(n, C) the model's own probabilities, and (n,) index"
     with measuring(flat.model), torch.no_grad():
-        parts = [(flat.logits(flat.parameters(), to_device(b, flat.device)).softmax(-1).cpu(), b['index'].cpu()) for b in batches]
+        parts = [(flat.logits(flat.parameters(), flat.prepare(b)).softmax(-1).cpu(), b['index'].cpu()) for b in batches]
     if not parts: raise ValueError("batches: no sample; give at least one batch, in a list or another re-iterable")
     return tuple(torch.cat(p) for p in zip(*parts))
 
@@ -411,7 +411,7 @@ def self_influence(
         raise ValueError(f"solver is {type(solver).__name__}: self-influence needs one with a written inverse; use Woodbury(), EKFAC() or, for the last layer, Exact()")
     start, flat = perf_counter(), FlatModel(model, loss, forward)
     if last_layer:
-        n_classes = flat.logits(flat.parameters(), to_device(next(iter(train)), flat.device)).shape[1]
+        n_classes = flat.logits(flat.parameters(), flat.prepare(next(iter(train)))).shape[1]
         view = last_layer_view(model, loss, train, forward, _bend_limit(n_classes, solver.n_samples if solver else None), progress)
         operator = LastLayerGaussNewton(view)
         solver = solver or (Exact() if operator.size <= 3000 else Woodbury(n_samples=1024))
@@ -510,7 +510,7 @@ def _outputs(flat, batches):
     parts = []
     with torch.no_grad():
         for batch in batches:
-            batch = to_device(batch, flat.device)
+            batch = flat.prepare(batch)
             z = flat.logits(flat.parameters(), batch)
             parts.append((z, flat.loss(z, batch), batch['index'], batch['y']))
     if not parts: raise ValueError("batches: no sample; give at least one batch, in a list or another re-iterable")

@@ -54,7 +54,7 @@ class _Pairs:
     "Batches as (input, target) pairs on the device of the model; the target's values are never used"
     def __init__(self, flat, batches): self.flat, self.batches = flat, batches
     def __iter__(self):
-        for batch in self.batches: yield to_device(batch, self.flat.device), torch.zeros(batch_size(batch), 1, dtype=self.flat.dtype)
+        for batch in self.batches: yield self.flat.prepare(batch), torch.zeros(batch_size(batch), 1, dtype=self.flat.dtype)
 
 # %% ../nbs/05b_kronecker.ipynb #05b-kronecker-014
 def _has_block(module):
@@ -84,7 +84,7 @@ def _reached(flat, layers, batch):
     with _borrowed(flat):
         for name, layer in layers.items():
             layer.register_forward_pre_hook(lambda m, inputs, name=name: calls.setdefault(name, []).append([len(i) for i in inputs]))
-        out = flat.module(batch_rows(to_device(batch, flat.device), torch.arange(1))).sum()
+        out = flat.module(batch_rows(flat.prepare(batch), torch.arange(1))).sum()
         slopes = torch.autograd.grad(out, known.values(), allow_unused=True) if out.requires_grad else [None]*len(known)
     return calls, {n for n, g in zip(known, slopes) if g is not None}
 

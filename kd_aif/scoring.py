@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from .core import bar_options, to_device
+from .core import bar_options
 from .curvature import FlatModel, batch_rows, batch_size, sample_gradients
 from .tangents import directional_derivative, measuring, pull_back_twice
 
@@ -26,7 +26,8 @@ def _moved(flat, s, step):
     known = dict(model.named_parameters())
     with torch.no_grad():
         for name, t in tangents.items(): known[name].add_(t, alpha=step)
-    return model.requires_grad_(False)
+    model.requires_grad_(False)
+    return model.to(memory_format=torch.channels_last) if flat.channels_last else model
 
 def _difference(flat, batch, ahead, behind, step, losses=None):
     "(b,) central difference of the losses, or one-sided from known losses"
@@ -111,7 +112,7 @@ def directional_scores(
     values, index, scorer, start = [], [], None, 0
     with measuring(flat.model), torch.no_grad():
         for batch in tqdm(batches, desc='scoring', leave=False, **bar_options(progress)):
-            batch = to_device(batch, flat.device)
+            batch = flat.prepare(batch)
             scorer = scorer or _scorer(flat, batch, s, mode, losses)
             known = None if losses is None else losses[start:start + batch_size(batch)].to(flat.device)
             if known is not None and known.shape != (batch_size(batch),): raise ValueError(f"losses are {tuple(losses.shape)}; give one for each sample, in the order of the batches")
