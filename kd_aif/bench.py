@@ -14,8 +14,6 @@ import copy, hashlib, json, statistics, weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
-import kd_aif
 import torch
 from fastcore.script import call_parse, store_true
 from safetensors.torch import load_file, save_file
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from .cli import _check_folder, _plain_errors
+from .cli import _TRAINING_CODE, _check_folder, _code_fingerprint, _plain_errors
 from .core import Stopwatch, atomic_path, cache_dir, evaluating, generator
 from .curvature import FlatModel, GaussNewton, mean_gradient, sample_batches, sample_gradients
 from .data import ImageBatches, augmentation_for, hold_out, load_images, subset, symmetric_noise
@@ -108,7 +106,7 @@ class InfluenceTask(RefitTask):
     @property
     def name(self)->str: # for files
         "Data set, network, and a hash of everything that the weights depend on: settings, images, code"
-        code = _code('core', 'data', 'models', 'losses', 'distill')
+        code = _code(*_TRAINING_CODE)
         return f'{self.dataset}-{self.model}-{_digest(dict(asdict(self), data=self.data()[0].fingerprint, code=code))}'
 
     def networks(self,
@@ -124,9 +122,7 @@ class InfluenceTask(RefitTask):
         for model, path in zip((last, before), paths): save_model(model, path)
         return last, before
 
-def _code(*modules):
-    "Hash of modules of this package: what they computed before they were changed is not taken for what they compute now"
-    return hashlib.sha256(b''.join((Path(kd_aif.__file__).parent/f'{m}.py').read_bytes() for m in modules)).hexdigest()[:12]
+def _code(*modules): return _code_fingerprint(*modules)[:12]
 
 def _digest(settings): return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -541,7 +537,7 @@ def refit_folder(
     usual = task == RefitTask(task.dataset, task.model, rate=task.rate)
     return cache_dir()/'refits'/(f'{task.dataset}-{task.model}-noise{task.rate}' + ('' if usual else f'-{_digest(asdict(task))}'))
 
-_SCORING_CODE = 'core', 'data', 'models', 'losses', 'distill', 'tangents', 'curvature', 'kronecker', 'solvers', 'scoring', 'influence', 'peers'
+_SCORING_CODE = *_TRAINING_CODE, 'tangents', 'curvature', 'kronecker', 'solvers', 'scoring', 'influence', 'peers'
 
 def averaged_scores(
     task:RefitTask, # network and data

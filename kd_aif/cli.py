@@ -126,9 +126,11 @@ def _new_model(task, role, data):
     name, seed = (task.teacher, task.seed) if role == 'teacher' else (task.student, task.seed + 1000)
     return build_model(name, data.n_classes, data.x.shape[1], seed=seed, in_features=data.x.shape[1]*h*w).to(data.x.device)
 
-def _code_fingerprint():
-    "Hash of the modules that decide how a model is trained"
-    return hashlib.sha256(b''.join((Path(kd_aif.__file__).parent/f'{m}.py').read_bytes() for m in ('core', 'data', 'models', 'losses', 'distill'))).hexdigest()[:16]
+def _code_fingerprint(*modules):
+    "Hash of modules of this package: what they computed before they were changed is not taken for what they compute now"
+    return hashlib.sha256(b''.join((Path(kd_aif.__file__).parent/f'{m}.py').read_bytes() for m in modules)).hexdigest()[:16]
+
+_TRAINING_CODE = 'core', 'data', 'models', 'losses', 'distill' # the modules that decide how a model is trained
 
 # %% ../nbs/14_cli.ipynb #14-cli-014
 def trained_teacher(
@@ -141,7 +143,7 @@ def trained_teacher(
 )->tuple: # the trained teacher, and the seconds its training took
     "The task's teacher, trained with cross-entropy now, or earlier by the same code on the same data"
     fields = {k: v for k, v in dataclasses.asdict(task).items() if k not in ('student', 'T', 'alpha', 'beta', 'score')}
-    identity = [fields, train.fingerprint, val.fingerprint, with_val, torch.__version__, train.x.device.type, _code_fingerprint()]
+    identity = [fields, train.fingerprint, val.fingerprint, with_val, torch.__version__, train.x.device.type, _code_fingerprint(*_TRAINING_CODE)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     model, path = _new_model(task, 'teacher', train), Path(teachers or cache_dir()/'teachers')/f'{task.dataset}-{key}.safetensors'
     clock = path.with_suffix('.json')

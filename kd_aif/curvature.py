@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FlatModel', 'mean_gradient', 'logit_hessian_product', 'gauss_newton_product', 'GaussNewton', 'hessian_product',
            'Hessian', 'logit_hessians', 'hessian_roots', 'logit_roots', 'batch_size', 'batch_rows', 'sample_mask',
-           'merged', 'sample_batches', 'sample_gradients', 'Rows', 'StreamedRows', 'root_rows', 'sampled_rows',
-           'mean_eigenvalue']
+           'merged', 'sample_batches', 'sample_gradients', 'gradient_pieces', 'Rows', 'StreamedRows', 'root_rows',
+           'sampled_rows', 'mean_eigenvalue']
 
 # %% ../nbs/05_curvature.ipynb #05-curvature-002
 import warnings
@@ -119,16 +119,15 @@ def losses(self:FlatModel,
 # %% ../nbs/05_curvature.ipynb #05-curvature-014
 def mean_gradient(
     flat:FlatModel, # model and loss
-    batches:Iterable[dict], # samples to average over
-    loss:Callable|None=None # loss(logits, batch) -> (b,); default the one of `flat`
+    batches:Iterable[dict] # samples to average over
 )->Tensor: # (P,) gradient of the mean loss at the current parameters
     "Gradient of the mean per-sample loss; raises `ValueError` when there is no sample"
-    total, n, loss = torch.zeros(flat.size, dtype=flat.dtype, device=flat.device), 0, loss or flat.loss
+    total, n = torch.zeros(flat.size, dtype=flat.dtype, device=flat.device), 0
     with measuring(flat.model), torch.enable_grad():
         for batch in batches:
             batch = flat.prepare(batch)
             leaves = {k: p.requires_grad_() for k, p in flat.parameters().items()}
-            losses = loss(flat.logits(leaves, batch), batch)
+            losses = flat.losses(leaves, batch)
             total, n = total + flat.flatten(torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)), n + len(losses)
     if n == 0: raise ValueError("batches: no sample to average over; give at least one batch, in a list or another re-iterable")
     return total/n
@@ -343,7 +342,17 @@ def sample_gradients(
             return _one_by_one(flat, value, rows, pull)
     return torch.cat([found[k].flatten(1) for k in parameters], 1)
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-044
+# %% ../nbs/05_curvature.ipynb #05-curvature-042
+def gradient_pieces(
+    flat:FlatModel, # model and loss
+    batch:dict # one batch
+): # an iterator over (rows of the batch, (b, P) their gradients)
+    "Gradients of single samples in pieces of at most 64 samples and 2²⁶ numbers, which bounds the memory whatever the batch and the model"
+    for at in torch.arange(batch_size(batch)).split(max(1, min(64, 2**26//flat.size))):
+        piece = batch_rows(batch, at)
+        yield piece, sample_gradients(flat, piece).detach()
+
+# %% ../nbs/05_curvature.ipynb #05-curvature-045
 class Rows:
     "Rows U (r, P) with UᵀU ≈ G, held in memory"
     def __init__(self,
@@ -375,7 +384,7 @@ class Rows:
         "Uᵀc: a combination of the rows"
         return self.held.T @ c
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-045
+# %% ../nbs/05_curvature.ipynb #05-curvature-046
 class StreamedRows(Rows):
     "The same rows, computed again whenever they are needed"
     def __init__(self,
@@ -394,7 +403,7 @@ class StreamedRows(Rows):
 
     def _inner_products(self): return torch.cat([torch.cat([a @ b.T for b in self.tiles()], 1) for a in self.tiles()])
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-046
+# %% ../nbs/05_curvature.ipynb #05-curvature-047
 @patch
 def forward(self:StreamedRows,
     x:Tensor # (P, k)
@@ -427,7 +436,7 @@ def backward(self:StreamedRows,
                 total[:, k] += self.flat.flatten(slopes)
     return total
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-047
+# %% ../nbs/05_curvature.ipynb #05-curvature-048
 def root_rows(
     R:Tensor, # (b, C, C) square roots of the samples' Hessians
     draws:int|None, # rows for each sample; None: all C
@@ -439,7 +448,7 @@ def root_rows(
     signs = torch.randint(2, (len(R), draws, R.shape[1]), generator=draw)*2 - 1
     return torch.einsum('bki,bij->kbj', signs.to(R), R)/draws**.5
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-048
+# %% ../nbs/05_curvature.ipynb #05-curvature-049
 def sampled_rows(
     flat:FlatModel, # model and loss
     batches:Iterable[dict], # the samples
@@ -459,7 +468,7 @@ def sampled_rows(
     rows = StreamedRows(flat, [(batch, w/n**.5) for batch, w in parts], min(64, max(1, max_numbers//(4*flat.size))))
     return Rows(torch.cat(list(rows.tiles()))) if len(rows)*flat.size <= max_numbers else rows
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-052
+# %% ../nbs/05_curvature.ipynb #05-curvature-053
 @patch
 def rows(self:GaussNewton,
     n_samples:int|None=256, # samples; None is all of the operator's
@@ -471,7 +480,7 @@ def rows(self:GaussNewton,
     if key not in self._rows: self._rows[key] = sampled_rows(self.flat, sample_batches(self.batches, n_samples, seed), draws, seed)
     return self._rows[key]
 
-# %% ../nbs/05_curvature.ipynb #05-curvature-054
+# %% ../nbs/05_curvature.ipynb #05-curvature-055
 def mean_eigenvalue(
     operator, # has .size and `@`; symmetric
     probes:int=4, # number of random sign vectors; the relative error falls as 1/√probes

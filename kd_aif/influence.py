@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.func import grad
 from tqdm.auto import tqdm
 from .core import atomic_path, bar_options, generator, to_device
-from .curvature import FlatModel, GaussNewton, Rows, batch_rows, batch_size, hessian_roots, logit_hessians, mean_gradient, root_rows
-from .curvature import sample_batches, sample_gradients, sample_mask
+from .curvature import FlatModel, GaussNewton, Rows, batch_rows, gradient_pieces, hessian_roots, logit_hessians, mean_gradient, root_rows
+from .curvature import sample_batches, sample_mask
 from .models import features_and_logits, last_linear
-from .scoring import MODES, directional_scores
+from .scoring import _check_finite, _check_mode, directional_scores
 from .solvers import CG, Exact, Woodbury, resolve_damping
 from .tangents import measuring
 from .truth import lds, loo_scores
@@ -119,11 +119,6 @@ def _measured(function):
         with torch.inference_mode(False), measuring(model), torch.enable_grad(): return function(model, *args, **kwargs)
     return run
 
-def _check_finite(values):
-    "The scores, when all of them are numbers"
-    if torch.isfinite(values).all(): return values
-    raise ValueError("scores are not finite; check the model's weights and inputs for NaN, or increase damping")
-
 def _check_some(name, batches):
     if iter(batches) is batches: raise ValueError(f"{name}: an iterator can be read only once; give a list or another re-iterable")
     for batch in batches: return
@@ -146,13 +141,8 @@ def class_gradients(
     return total/count.clamp_min(1)
 
 def _gradients(flat, batches):
-    "(rows of a batch, their gradients (b, P)), in pieces of at most 2²⁶ numbers"
-    size = max(1, min(64, 2**26//flat.size))
-    for batch in batches:
-        batch = flat.prepare(batch)
-        for at in torch.arange(batch_size(batch)).split(size):
-            piece = batch_rows(batch, at)
-            yield piece, sample_gradients(flat, piece).detach()
+    "`gradient_pieces` of all batches"
+    for batch in batches: yield from gradient_pieces(flat, flat.prepare(batch))
 
 # %% ../nbs/07_influence.ipynb #07-influence-018
 @dataclass(frozen=True)
@@ -322,7 +312,7 @@ def influence_scores(
     """∇L_V(θ)ᵀ(G + λI)⁻¹∇ℓ_i(θ) of every training sample: an estimate of n·(L_V after leaving i out and refitting − L_V).
     Raises `ValueError` for an unknown `target` or `mode`, an empty set, or a solve that fails. Koh and Liang (2017), eq. 2, with the sign turned."""
     _check_target(target)
-    if mode not in MODES: raise ValueError(f"mode is {mode!r}; use one of {', '.join(map(repr, MODES))}")
+    _check_mode(mode)
     for name, batches in (('train', train), ('val', val)): _check_some(name, batches)
     if last_layer: return _last_layer_scores(model, loss, train, val, solver, target, val_loss, forward, progress)
     times, flat, flat_val = [perf_counter()], FlatModel(model, loss, forward), FlatModel(model, val_loss or loss, forward)

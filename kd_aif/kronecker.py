@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
-from .core import generator, to_device
+from .core import generator
 from .curvature import FlatModel, batch_rows, batch_size, logit_roots
 from .tangents import measuring
 
@@ -126,7 +126,7 @@ def sampled_diagonal(
     with measuring(flat.model), torch.enable_grad():
         for batch in batches:
             for rows in torch.arange(batch_size(batch)).split(-(-n//64)):
-                total = total + _signed_gradient(flat, to_device(batch_rows(batch, rows), flat.device), names, draw)**2
+                total = total + _signed_gradient(flat, flat.prepare(batch_rows(batch, rows)), names, draw)**2
     return total/n
 
 # %% ../nbs/05b_kronecker.ipynb #05b-kronecker-025

@@ -293,6 +293,15 @@ def torch_influence_cg(
 # %% ../nbs/14b_peers.ipynb #14b-peers-038
 _pydvl = 'pip install "pydvl[influence]==0.10.0", which takes NumPy below 2, in an environment of its own'
 
+def _pydvl_solve(influence, model, loss, val):
+    "(1, P) the mean validation gradient as one right-hand side"
+    solver = next(iter(influence.block_mapper.composable_block_dict.values())).op
+    return solver.apply(mean_gradient(FlatModel(model, loss), val)).reshape(1, -1)
+
+def _pydvl_scores(influence, s, loader):
+    "(n,) scores of all samples"
+    return torch.cat([influence.influences_from_factors(s, x, y)[0] for x, y in loader]).detach()
+
 def pydvl_cg(
     model:nn.Module, # a copy of it is used, in eval mode
     loss:Callable, # loss(logits, batch) -> (b,)
@@ -310,9 +319,8 @@ def pydvl_cg(
     with watch('curvature'):
         influence = lib.CgInfluence(model, mean, regularization=damping, maxiter=iterations, warn_on_max_iteration=False,
             second_order_mode=lib.SecondOrderMode[curvature.upper()]).fit(loader)
-        solver = next(iter(influence.block_mapper.composable_block_dict.values())).op
-        s = solver.apply(mean_gradient(FlatModel(model, loss), val)).reshape(1, -1)
-    with watch('scoring'): values = torch.cat([influence.influences_from_factors(s, x, y)[0] for x, y in loader]).detach()
+        s = _pydvl_solve(influence, model, loss, val)
+    with watch('scoring'): values = _pydvl_scores(influence, s, loader)
     return PeerResult(f"pyDVL {curvature.replace('_', '-')} CG, {iterations} iterations", values, watch.seconds, mark.peak(), 'all parameters')
 
 # %% ../nbs/14b_peers.ipynb #14b-peers-039
@@ -332,9 +340,8 @@ def pydvl_nystroem(
     loader = DataLoader(train, batch_size)
     with watch('curvature'), _seeded():
         influence = lib.NystroemSketchInfluence(model, mean, damping, rank, second_order_mode=lib.SecondOrderMode[curvature.upper()]).fit(loader)
-        solver = next(iter(influence.block_mapper.composable_block_dict.values())).op
-        s = solver.apply(mean_gradient(FlatModel(model, loss), val)).reshape(1, -1)
-    with watch('scoring'): values = torch.cat([influence.influences_from_factors(s, x, y)[0] for x, y in loader]).detach()
+        s = _pydvl_solve(influence, model, loss, val)
+    with watch('scoring'): values = _pydvl_scores(influence, s, loader)
     return PeerResult(f"pyDVL {curvature.replace('_', '-')} Nyström, rank {rank}", values, watch.seconds, mark.peak(), 'all parameters')
 
 # %% ../nbs/14b_peers.ipynb #14b-peers-041

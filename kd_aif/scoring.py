@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from .core import bar_options
-from .curvature import FlatModel, batch_rows, batch_size, sample_gradients
+from .curvature import FlatModel, batch_rows, batch_size, gradient_pieces
 from .tangents import directional_derivative, measuring, pull_back_twice
 
 # %% ../nbs/06b_scoring.ipynb #06b-scoring-006
@@ -63,6 +63,14 @@ def finite_step(
 # %% ../nbs/06b_scoring.ipynb #06b-scoring-009
 MODES = ('auto', 'forward', 'finite', 'reverse', 'gradients')
 
+def _check_mode(mode):
+    if mode not in MODES: raise ValueError(f"mode is {mode!r}; use one of {', '.join(map(repr, MODES))}")
+
+def _check_finite(values):
+    "The scores, when all of them are numbers"
+    if torch.isfinite(values).all(): return values
+    raise ValueError("scores are not finite; check the model's weights and inputs for NaN, or increase damping")
+
 def _few(batch, n=8): return batch_rows(batch, torch.arange(min(n, batch_size(batch))))
 
 def _finite_scorer(flat, first, s, losses):
@@ -81,9 +89,8 @@ def _forward_scorer(flat, s, derivative=directional_derivative):
     return lambda batch, known: derivative(lambda p: flat.losses(p, batch), parameters, tangents)[1]
 
 def _gradient_scorer(flat, s):
-    "scorer(batch, known losses) -> (b, k) for all columns of s, by gradients of single samples in pieces of at most 2²⁶ numbers"
-    size = max(1, min(64, 2**26//flat.size))
-    return lambda batch, known: torch.cat([sample_gradients(flat, batch_rows(batch, at)) @ s for at in torch.arange(batch_size(batch)).split(size)])
+    "scorer(batch, known losses) -> (b, k) for all columns of s, by gradients of single samples"
+    return lambda batch, known: torch.cat([g @ s for _, g in gradient_pieces(flat, batch)])
 
 # %% ../nbs/06b_scoring.ipynb #06b-scoring-010
 def _columns_scorer(make, s):
@@ -108,7 +115,7 @@ def directional_scores(
     progress:bool=True # show a bar
 )->tuple[Tensor, Tensor]: # (n,) or (n, k) derivative of every sample's loss along s, and (n,) their index
     "sᵀ∇ℓ_i of every sample, batch by batch; raises `ValueError` for an unknown `mode`, or results that are not finite"
-    if mode not in MODES: raise ValueError(f"mode is {mode!r}; use one of {', '.join(map(repr, MODES))}")
+    _check_mode(mode)
     values, index, scorer, start = [], [], None, 0
     with measuring(flat.model), torch.no_grad():
         for batch in tqdm(batches, desc='scoring', leave=False, **bar_options(progress)):
@@ -119,6 +126,4 @@ def directional_scores(
             values.append(scorer(batch, known)); index.append(batch['index'])
             start += batch_size(batch)
     if not values: raise ValueError("batches: no sample to score; give at least one batch, in a list or another re-iterable")
-    values = torch.cat(values).cpu()
-    if not torch.isfinite(values).all(): raise ValueError("scores are not finite; check the model's weights and inputs for NaN, or increase damping")
-    return values, torch.cat(index).cpu()
+    return _check_finite(torch.cat(values).cpu()), torch.cat(index).cpu()
