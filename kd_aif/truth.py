@@ -11,7 +11,7 @@ import hashlib, json, math, multiprocessing, operator, pickle, signal
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -125,6 +125,14 @@ def _start_worker(payload):
     try: _loaded = pickle.loads(payload)
     except Exception as e: _loaded = e
 
+@contextmanager
+def _interrupts_wait():
+    "Ctrl-C waits until the end of this context; processes that start in it are born deaf to it, where the system knows such masks"
+    mask = getattr(signal, 'pthread_sigmask', None)
+    before = mask and mask(signal.SIG_BLOCK, {signal.SIGINT})
+    try: yield
+    finally: mask and mask(signal.SIG_SETMASK, before)
+
 def _work(*args):
     if isinstance(_loaded, Exception): raise ValueError(f"fit cannot be loaded by another process ({_loaded}); define it at the top level of an importable .py file, or use processes=1")
     return _run(_loaded, *args)
@@ -142,7 +150,8 @@ def _side_by_side(fit, runs, processes):
     runs, running = iter(runs), {}
     try:
         while True:
-            while len(running) <= processes and (run := next(runs, None)): running[pool.submit(_work, *run[1:])] = run[0]
+            with _interrupts_wait():
+                while len(running) <= processes and (run := next(runs, None)): running[pool.submit(_work, *run[1:])] = run[0]
             if not running: return
             for done in wait(running, return_when=FIRST_COMPLETED).done: yield running.pop(done), done.result()
     except BrokenProcessPool:

@@ -76,21 +76,24 @@ def test_an_interrupt_leaves_what_is_finished(fit, tmp_path):
     assert calls == [3, 5, 6, 3, 3, 5, 6] and torch.equal(found.losses, run(fit, *args[:2]).losses)
 
 SCRIPT = '''
-import sys
+import multiprocessing, signal, sys, time
 from functools import partial
 import torch
 sys.path.insert(0, sys.argv[1])
 from truth_toy import fit
+if multiprocessing.current_process().name.endswith('-2'): time.sleep(float(sys.argv[4])) # the second process is late
 from kd_aif.truth import refit
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler) # also where the shell that runs the tests ignores it
     refit(partial(fit, log=sys.argv[3], pause=.2), [torch.arange(k) for k in range(2, 60)], folder=sys.argv[2], processes=2, key=dict(what='toy'))
 '''
 
+@pytest.mark.parametrize('late', ['0', '5'], ids=['both at work', 'one still starting'])
 @pytest.mark.skipif(os.name != 'posix', reason='signals to a group of processes')
-def test_ctrl_c_in_a_terminal_with_two_processes(fit, tmp_path):
+def test_ctrl_c_in_a_terminal_with_two_processes(fit, tmp_path, late):
     module, cache, log = os.path.dirname(sys.modules['truth_toy'].__file__), tmp_path/'cache', tmp_path/'log'
     (tmp_path/'script.py').write_text(SCRIPT)
-    job = subprocess.Popen([sys.executable, tmp_path/'script.py', module, cache, log], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen([sys.executable, tmp_path/'script.py', module, cache, log, late], start_new_session=True, stderr=subprocess.PIPE, text=True)
     try:
         for _ in range(600):
             if len(files(cache)) >= 2 or job.poll() is not None: break
