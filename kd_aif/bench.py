@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from .cli import _TRAINING_CODE, _check_folder, _code_fingerprint, _plain_errors
+from .cli import _check_folder, _plain_errors
 from .core import Stopwatch, atomic_path, cache_dir, evaluating, generator
 from .curvature import FlatModel, GaussNewton, mean_gradient, sample_batches, sample_gradients
 from .data import ImageBatches, augmentation_for, hold_out, load_images, subset, symmetric_noise
@@ -32,6 +32,7 @@ from .losses import batch_cross_entropy
 from .models import build_model, load_model, save_model
 from .peers import PEERS, backward_loop, kronfluence_scores, vmap_gradients
 from .records import find_record, make_record, method_label, save_record
+from .runs import _TRAINING_CODE, _code_fingerprint
 from .scoring import directional_scores
 from .solvers import CG, EKFAC, KFAC, LBFGS, Diagonal, Exact, Identity, LiSSA, Woodbury
 from .truth import Refits, _query_spearman, _resampled, half_subsets, lds, lds_ceiling, predicted_losses, refit

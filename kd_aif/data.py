@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'ImageData', 'DataSource', 'load_images', 'hold_out', 'subset', 'symmetric_noise', 'asymmetric_noise',
-           'long_tail', 'CropFlip', 'crop_flip', 'augmentation_for', 'ImageBatches']
+           'instance_noise', 'long_tail', 'corrupt', 'CropFlip', 'crop_flip', 'augmentation_for', 'ImageBatches']
 
 # %% ../nbs/02_data.ipynb #02-data-003
 import hashlib, json, os, tempfile
@@ -358,6 +358,36 @@ def asymmetric_noise(
     return data._derive(y=y.to(data.y.device))
 
 # %% ../nbs/02_data.ipynb #02-data-059
+def _check_probabilities(p, n, C):
+    "Float64 on the CPU, (n, C), rows adding up to 1; else ValueError."
+    p = torch.as_tensor(p).detach().cpu().double()
+    if p.shape != (n, C): raise ValueError(f"probabilities have shape {tuple(p.shape)}; give ({n}, {C}): a row per image, a column per class")
+    bad = ~(((p >= 0) & p.isfinite()).all(1) & ((p.sum(1) - 1).abs() < .01))
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise ValueError(f"probabilities has rows that are none ({int(bad.sum())} of {n}; row {i} adds up to {float(p[i].sum()):.3g}, least {float(p[i].min()):.3g}); "
+                         "give softmax(logits, 1), without NaN")
+    return p
+
+# %% ../nbs/02_data.ipynb #02-data-060
+def instance_noise(
+    data:ImageData, # any set
+    rate:float, # share of the samples that get a wrong label, 0 to 1
+    probabilities, # (n, C) class probabilities of a small network, in the order of `data`; better from one that has not seen these images (out of fold) or has trained briefly
+    seed:int, # the noise is a pure function of it and of `probabilities`
+) -> ImageData: # the same images in the same order, with other `y`; `clean_y` is untouched
+    "Exactly round(rate·n) samples, drawn in proportion to it, get the most probable class other than their label; ValueError for a bad rate or probabilities that are none."
+    check_fraction('rate', rate)
+    p, y = _check_probabilities(probabilities, len(data), data.n_classes), data.y.cpu().clone()
+    if data.n_classes < 2: raise ValueError(f"data has {data.n_classes} class; a wrong label needs at least 2")
+    chance, other = p.scatter(1, y[:, None], -1.).max(1)
+    gumbel = -torch.empty_like(chance).exponential_(generator=generator(seed, 'instance noise')).log()
+    order = (chance.clamp(min=torch.finfo(chance.dtype).tiny).log() + gumbel).argsort(descending=True, stable=True)
+    chosen = order[:round(rate * len(y))]
+    y[chosen] = other[chosen]
+    return data._derive(y=y.to(data.y.device))
+
+# %% ../nbs/02_data.ipynb #02-data-069
 def long_tail(
     data:ImageData, # any set
     imbalance:float, # ρ ≥ 1: how many times larger the first class is than the last
@@ -371,10 +401,33 @@ def long_tail(
     kept = [order[y[order] == c][:max(1, round(largest * imbalance ** (-c / max(1, C - 1))))] for c in range(C)]
     return data.take(torch.cat(kept).sort().values)
 
-# %% ../nbs/02_data.ipynb #02-data-063
+# %% ../nbs/02_data.ipynb #02-data-075
+def _sums3x3(x):
+    "Sums over each pixel and its eight neighbours (b, c, h, w) int64; beyond the border its pixels repeat. Whole numbers up to 2295, exact in float32."
+    padded = torch.nn.functional.pad(x.float(), [1] * 4, mode='replicate')
+    return torch.nn.functional.avg_pool2d(padded, 3, stride=1, divisor_override=1).long()
+
+# %% ../nbs/02_data.ipynb #02-data-076
+def corrupt(
+    data:ImageData, # any set
+    share:float, # share of the images that change, 0 to 1
+    seed:int, # which images change is a pure function of it
+    brightness:float=.6, # factor of all values, 0 to 1; 1 leaves them
+    contrast:float=.5, # factor of the distance from mid-grey, 0 to 1; 1 leaves it
+    blur:bool=True, # take the mean over 3×3 pixels first
+) -> ImageData: # the same labels and indices in the same order; a fingerprint of its own, a note that says so
+    "Exactly round(share·n) images, chosen at random, become darker, flatter and blurred; ValueError for numbers outside 0..1."
+    for name, value in dict(share=share, brightness=brightness, contrast=contrast).items(): check_fraction(name, value)
+    chosen = torch.randperm(len(data), generator=generator(seed, 'pixel shift'))[:round(share * len(data))].sort().values
+    values = [round(brightness * (127.5 + contrast * (s / 9 - 127.5))) for s in range(9 * 255 + 1)]
+    x, values = data.x.clone(), torch.tensor(values, dtype=torch.uint8, device=data.x.device)
+    for p in chosen.to(x.device).split(1000): x[p] = values[_sums3x3(data.x[p]) if blur else data.x[p].long() * 9]
+    return replace(data, x=x, fingerprint=_digest(data.fingerprint, 'pixels', x), note=f'{data.note or data.name}, shifted pixels')
+
+# %% ../nbs/02_data.ipynb #02-data-082
 def _reflect(i, n): return (n - 1) - (n - 1 - i.abs()).abs() # ..., 2, 1, 0, 1, ..., n-1, n-2, ...
 
-# %% ../nbs/02_data.ipynb #02-data-064
+# %% ../nbs/02_data.ipynb #02-data-083
 @dataclass(frozen=True)
 class CropFlip:
     "A random shift with reflected borders, and a random mirror image: what `crop_flip` returns."
@@ -396,7 +449,7 @@ class CropFlip:
             column = torch.where(mirrored, w - 1 - column, column)
         return _pick(x, _reflect(row + shift[0], h), _reflect(column + shift[1], w))
 
-# %% ../nbs/02_data.ipynb #02-data-065
+# %% ../nbs/02_data.ipynb #02-data-084
 def _pick(x, row, column):
     "new[s, :, i, j] = x[s, :, row[s, i], column[s, j]] for x (b, c, h, w), row (b, h) and column (b, w)."
     b, c, h, w = x.shape
@@ -405,7 +458,7 @@ def _pick(x, row, column):
     column = (column[:, :, None] * c + torch.arange(c, device=x.device)).view(b, 1, w * c).expand(b, h, w * c)
     return x.gather(2, column).view(b, h, w, c).permute(0, 3, 1, 2)
 
-# %% ../nbs/02_data.ipynb #02-data-066
+# %% ../nbs/02_data.ipynb #02-data-085
 def crop_flip(
     padding:int=4, # largest shift in pixels, 0 for none
     flip:bool=True, # mirror half of the images; not for digits and letters
@@ -414,14 +467,14 @@ def crop_flip(
     if padding < 0: raise ValueError(f"padding={padding}: give a number of pixels, 0 for no shift")
     return CropFlip(padding, flip)
 
-# %% ../nbs/02_data.ipynb #02-data-067
+# %% ../nbs/02_data.ipynb #02-data-086
 def augmentation_for(
     name:str, # a key of `DATASETS`
 ) -> CropFlip: # the augmentation
     "The customary augmentation of a data set: CIFAR shift 4 and mirror, SVHN shift 4, digits shift 1; ValueError for an unknown name."
     return crop_flip(_source(name).padding, _source(name).flip)
 
-# %% ../nbs/02_data.ipynb #02-data-071
+# %% ../nbs/02_data.ipynb #02-data-090
 class ImageBatches:
     "Re-iterable batches of an `ImageData`: dicts of x (b, c, h, w) float32, y (b,) and index (b,), on the data's device."
     def __init__(self,
@@ -439,7 +492,7 @@ class ImageBatches:
 
     def __len__(self): return -(-len(self.data) // self.batch_size)
 
-# %% ../nbs/02_data.ipynb #02-data-072
+# %% ../nbs/02_data.ipynb #02-data-091
 @patch
 def set_epoch(self:ImageBatches,
     epoch:int, # number of the epoch that the next pass will be, from 0
@@ -452,7 +505,7 @@ def plain(self:ImageBatches) -> ImageBatches: # the twin
     "The same data in its own order and without augmentation."
     return ImageBatches(self.data, self.batch_size, augment=None, shuffle=False, seed=self.seed)
 
-# %% ../nbs/02_data.ipynb #02-data-074
+# %% ../nbs/02_data.ipynb #02-data-093
 @patch
 def _normalise(self:ImageBatches, x):
     b, c, h, w = x.shape

@@ -161,7 +161,7 @@ def _watch_linear(model, batch, forward):
     finally:
         for h in hooks: h.remove()
     for name, layer, features, output in reversed(calls):
-        if output is logits or (output.shape == logits.shape and torch.equal(output, logits)):
+        if output is logits or (output.shape == logits.shape and torch.equal(output.to(logits.dtype), logits)):
             return (name, layer, features), logits
     return None, logits
 
@@ -191,7 +191,7 @@ def features_and_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]: # features (b, d): the input of the last linear layer; logits (b, c)
     "Features and logits of one forward pass, with gradients where they are enabled; raises ValueError when no linear layer makes the logits."
     found, logits = _watch_linear(model, batch, forward)
-    return _found(found, model)[2], logits
+    return _found(found, model)[2].to(logits.dtype), logits
 
 # %% ../nbs/03_models.ipynb #03-models-042
 def save_model(

@@ -1,6 +1,9 @@
 "The loader's faults and properties: parquet files of several kinds, damaged caches and files, the hub out of reach, splits and batches."
 import os, subprocess, sys
+from dataclasses import replace
+from fractions import Fraction
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -214,6 +217,126 @@ def test_symmetric_noise_draws_from_all_classes():
     assert counts[0] > 2500 and ((counts[1:] - 500).abs() < 100).all() and abs(int(counts[0]) - 3000) < 100
 
 
+def opinions(n, seed, zeros=0., C=5):
+    "Class probabilities of a made-up network, a share of them exactly 0."
+    g = generator(seed, 'opinions')
+    p = torch.rand(n, C, generator=g)**4*(torch.rand(n, C, generator=g) >= zeros)
+    p[p.sum(1) == 0, 0] = 1
+    return p/p.sum(1, keepdim=True)
+
+
+@quick
+@given(labels, st.floats(0, 1), st.integers(0, 3), st.sampled_from([0., .5, .9, 1.]))
+def test_instance_noise_is_exact_and_takes_the_second_choice(y, rate, seed, zeros):
+    data = made(y)
+    p = opinions(len(y), seed, zeros)
+    noisy = kd.instance_noise(data, rate, p, seed)
+    assert noisy.wrong.sum() == round(rate*len(y))
+    for name in ('x', 'index', 'clean_y'): assert torch.equal(getattr(noisy, name), getattr(data, name))
+    for i in noisy.wrong.nonzero().flatten().tolist():
+        others = [c for c in range(5) if c != y[i]]
+        assert noisy.y[i] in others and p[i, noisy.y[i]] == p[i, others].max()
+    again = kd.instance_noise(data, rate, p.numpy(), seed)
+    assert torch.equal(again.y, noisy.y) and again.fingerprint == noisy.fingerprint
+
+
+def test_instance_noise_draws_in_proportion_to_the_second_choice():
+    data, draws = made([0]*4), 4000
+    p = torch.tensor([[.9, .1, 0, 0, 0], [.7, .1, .2, 0, 0], [.4, 0, 0, .3, .3], [1, 0, 0, 0, 0]])
+    hits = sum(kd.instance_noise(data, .25, p, seed).wrong.double() for seed in range(draws))/draws
+    assert torch.allclose(hits, torch.tensor([1/6, 1/3, 1/2, 0], dtype=torch.double), atol=.04)
+    assert kd.instance_noise(data, .75, p, 0).wrong.tolist() == [True, True, True, False], 'probability 0 comes last'
+    assert kd.instance_noise(data, 1, p, 0).y.tolist() == [1, 2, 3, 1], 'a tie goes to the first class'
+
+
+def test_instance_noise_on_noisy_labels_leaves_the_given_label():
+    data = kd.symmetric_noise(made([0, 1, 2, 3, 4]*20), .5, 0)
+    again = kd.instance_noise(data, .3, opinions(100, 0), 0)
+    assert (again.y != data.y).sum() == 30 and torch.equal(again.clean_y, data.clean_y)
+
+
+def rows(change):
+    p = torch.full((3, 5), .2)
+    p[1] = torch.tensor(change)
+    return p
+
+
+@pytest.mark.parametrize('p, message', [
+    (torch.full((4, 5), .2), r'shape \(4, 5\); give \(3, 5\)'), (torch.full((3, 4), .25), r'give \(3, 5\)'), (torch.full((15,), .2), r'give \(3, 5\)'),
+    (rows([float('nan'), .25, .25, .25, .25]), '1 of 3; row 1'), (rows([float('inf'), 0, 0, 0, 0]), 'row 1'), (rows([2., 3, -1, -4, 1]), 'least -4.*softmax'),
+    (rows([0.]*5), 'row 1 adds up to 0'), (rows([1.]*5), 'row 1 adds up to 5')])
+def test_instance_noise_refuses_what_are_no_probabilities(p, message):
+    with pytest.raises(ValueError, match=f'probabilities .*{message}'): kd.instance_noise(made([0, 1, 2]), .5, p, 0)
+
+
+@pytest.mark.parametrize('rate', [-.1, 1.1, 40, float('nan')])
+def test_instance_noise_refuses_rates(rate):
+    with pytest.raises(ValueError, match='rate'): kd.instance_noise(made([0, 1, 2]), rate, torch.full((3, 5), .2), 0)
+
+
+def test_instance_noise_needs_two_classes():
+    one = replace(made([0, 0]), classes=('a',))
+    with pytest.raises(ValueError, match='at least 2'): kd.instance_noise(one, .5, torch.ones(2, 1), 0)
+
+
+def by_hand(image, brightness, contrast, blur):
+    "One pixel after the other, in exact fractions."
+    (c, h, w), new = image.shape, image.clone()
+    b, k = Fraction(brightness), Fraction(contrast)
+    inside = lambda i, n: min(max(i, 0), n - 1)
+    for s, i, j in product(range(c), range(h), range(w)):
+        around = [int(image[s, inside(i + u, h), inside(j + v, w)]) for u in (-1, 0, 1) for v in (-1, 0, 1)]
+        level = Fraction(sum(around), 9) if blur else int(image[s, i, j])
+        new[s, i, j] = round(b*(Fraction(255, 2) + k*(level - Fraction(255, 2))))
+    return new
+
+
+@quick
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5), st.sampled_from([1, 3]), st.sampled_from([0, .25, .5, 1]), st.sampled_from([0, .5, .75, 1]), st.booleans(),
+       st.floats(0, 1), st.integers(0, 3))
+def test_corrupt_is_the_formula_on_an_exact_share(n, h, w, c, brightness, contrast, blur, share, seed):
+    x = torch.randint(256, (n, h, w, c), dtype=torch.uint8, generator=generator(seed)).permute(0, 3, 1, 2)
+    y = torch.arange(n) % 5
+    data = kd.ImageData(x, y, torch.arange(n)*7, (y + 1) % 5, tuple('abcde'), 'made', 'train', 'f', torch.zeros(c), torch.ones(c))
+    before, new = x.clone(), kd.corrupt(data, share, seed, brightness, contrast, blur)
+    assert torch.equal(data.x, before), 'the original was changed'
+    assert new.x.dtype == torch.uint8 and new.x.shape == x.shape and new.note == 'made, shifted pixels'
+    for name in ('y', 'clean_y', 'index', 'mean', 'std'): assert torch.equal(getattr(new, name), getattr(data, name))
+    expected = torch.stack([by_hand(image, brightness, contrast, blur) for image in x])
+    same, shifted = (new.x == x).flatten(1).all(1), (new.x == expected).flatten(1).all(1)
+    k = round(share*n)
+    assert (same | shifted).all() and shifted.sum() >= k and same.sum() >= n - k
+    if not (same & shifted).any(): assert shifted.sum() == k
+    again = kd.corrupt(data, share, seed, brightness, contrast, blur)
+    assert torch.equal(again.x, new.x) and again.fingerprint == new.fingerprint != data.fingerprint
+
+
+def test_corrupt_all_is_corrupt_each(digits):
+    "More images than a piece holds, in one go and one after the other."
+    many = digits.take(torch.arange(1300) % 60)
+    whole = kd.corrupt(many, 1, 0)
+    one = torch.cat([kd.corrupt(digits.take([i]), 1, 9).x for i in range(60)])
+    assert torch.equal(whole.x, one[torch.arange(1300) % 60])
+    assert torch.equal(kd.corrupt(many, .5, 3).index, many.index) and kd.corrupt(many, .5, 3).fingerprint != kd.corrupt(many, .5, 4).fingerprint
+    assert len({kd.corrupt(digits, 1, 0, **k).fingerprint for k in ({}, dict(brightness=.5), dict(contrast=.4), dict(blur=False))}) == 4
+    assert len(kd.corrupt(digits.take([]), .5, 0)) == 0
+
+
+@pytest.mark.parametrize('wrong', [dict(share=1.1), dict(share=float('nan')), dict(brightness=-.1), dict(brightness=1.5), dict(contrast=float('inf'))])
+def test_corrupt_names_the_wrong_argument(digits, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))): kd.corrupt(digits, **dict(share=.5, seed=0) | wrong)
+
+
+@quick
+@given(labels, st.floats(1, 200), st.integers(0, 3))
+def test_long_tail_shifts_the_class_shares_of_any_set(y, imbalance, seed):
+    data = made(y)
+    tail, before = kd.long_tail(data, imbalance, seed), torch.bincount(data.y, minlength=5)
+    expected = [min(int(k), max(1, round(int(before.max())*imbalance**(-c/4)))) for c, k in enumerate(before)]
+    assert torch.bincount(tail.y, minlength=5).tolist() == expected
+    assert tail.index.tolist() == sorted(tail.index.tolist()) and torch.equal(tail.x, data.x[tail.index//7])
+
+
 @quick
 @given(labels, st.integers(1, 90), st.booleans())
 def test_an_epoch_is_every_image_once(y, batch_size, shuffle):
@@ -244,3 +367,6 @@ def test_gpu_and_cpu_see_the_same_batches(digits):
         assert there['x'].is_cuda and torch.equal(here['index'], there['index'].cpu())
         assert torch.allclose(here['x'], there['x'].cpu(), atol=1e-6)
     assert kd.symmetric_noise(gpu, .4, 0).fingerprint == kd.symmetric_noise(digits, .4, 0).fingerprint
+    p = torch.rand(60, 10, generator=generator(0)).softmax(1)
+    assert kd.instance_noise(gpu, .4, p.cuda(), 0).fingerprint == kd.instance_noise(digits, .4, p, 0).fingerprint
+    assert kd.corrupt(gpu, .5, 0).fingerprint == kd.corrupt(digits, .5, 0).fingerprint and kd.corrupt(gpu, .5, 0).x.is_cuda

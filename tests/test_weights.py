@@ -4,23 +4,24 @@ import math, warnings
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from kd_aif.influence import CrossScores
-from kd_aif.weights import (EMA, GRID, TRANSFORMS, Multiplicative, Replace, SampleWeights, balanced, calibrated_weights, conformal_intervals, decreasing_density,
-                            effective_sample_size, p_value_distribution, share_of_null, weights_from_influence)
+from kd_aif.weights import (DENSITIES, EMA, GRID, TRANSFORMS, Multiplicative, Replace, SampleWeights, balanced, calibrated_weights, class_shares, conformal_intervals, effective_count,
+                            effective_sample_size, p_value_distribution, two_groups, weights_from_influence, weights_from_intervals)
 
 quick = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 10_000)
 transforms = st.sampled_from(sorted(TRANSFORMS))
 whole = st.lists(st.integers(-40, 40), min_size=1, max_size=60).map(lambda v: torch.tensor(v, dtype=torch.float64))     # many ties
 betas = st.floats(0, 8)
+densities = st.sampled_from(DENSITIES)
 
 MONOTONE = dict(affine=lambda s: 3*s - 7, cube=lambda s: s**3, exp=lambda s: (s/10).exp(), atan=lambda s: (s/10).atan(), ranks=lambda s: s.long().double())
 
 
 def sample(n, share_bad, seed, shift=3., classes=3, m=200):
-    "Scores of n training samples, a share of them bad, and of m good ones; classes differ in level and unit"
+    "Scores of n training samples, a share of them (one number, or one for each class) bad, and of m good ones; classes differ in level and unit"
     g = torch.Generator().manual_seed(seed)
     y, z = torch.randint(classes, (n,), generator=g), torch.randint(classes, (m,), generator=g)
-    bad = torch.rand(n, generator=g) < share_bad
+    bad = torch.rand(n, generator=g) < (torch.tensor(share_bad)[y] if isinstance(share_bad, list) else share_bad)
     level = lambda labels, v: 10.*labels + (labels + 1)*v
     return level(y, torch.randn(n, generator=g) - shift*bad), level(z, torch.randn(m, generator=g)), y, z, bad
 
@@ -141,24 +142,29 @@ def test_unfit_comparisons_are_named(function, kwargs, message):
 
 @quick
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=100))
-def test_density_decreases_and_holds_all_mass(points):
+def test_two_groups_are_a_share_and_a_convex_decreasing_density(points):
     F = torch.tensor([sum(p <= float(t) for p in points)/len(points) for t in GRID]).double()
     F[0] = 0.
-    f = decreasing_density(F)
-    assert (f.diff() <= 1e-9).all() and (f >= -1e-12).all() and float((f*GRID.diff()).sum()) == pytest.approx(1)
-    mass = torch.cat([f.new_zeros(1), (f*GRID.diff()).cumsum(0)])
-    assert (mass >= F - 1e-9).all(), 'the majorant lies above the distribution'
-    assert 0 <= share_of_null(F, 50) <= 1
+    share, shape = two_groups(F)
+    assert 0 <= share <= 1 and (shape >= 0).all() and float((shape*GRID.diff()).sum()) == pytest.approx(1)
+    assert (shape.diff() <= 1e-9).all() and (shape.diff().diff() >= -1e-9).all()
+
+@quick
+@given(st.floats(.05, .95), st.floats(.04, .6))
+def test_two_groups_find_a_mixture_of_a_triangle_and_the_flat_density(share, top):
+    F = share*GRID + (1 - share)*(1 - (1 - GRID/top).clamp_min(0)**2)
+    assert abs(two_groups(F)[0] - share) < .06 and abs(two_groups(F, steps=5000)[0] - share) < .02
 
 
 # Calibrated weights
 
-@quick
-@given(st.floats(0, .9), seeds, st.integers(1, 4), st.booleans(), st.sampled_from([.05, 1.]))
-def test_calibrated_weights_are_balanced_and_monotone_within_a_class(share, seed, classes, by_class, significance):
-    s, r, y, z, bad = sample(300, share, seed, classes=classes)
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0, .9), seeds, st.integers(1, 4), st.booleans(), st.sampled_from([.05, 1.]), densities, st.booleans())
+def test_calibrated_weights_are_balanced_and_monotone_within_a_class(share, seed, classes, by_class, significance, density, half):
+    s, r, y, z, bad = sample(300, [share*(c % 2 or not half) for c in range(classes)], seed, classes=classes)
     labels = (y, z) if by_class else ()
-    w = calibrated_weights(s, r, *labels, significance=significance)
+    w = calibrated_weights(s, r, *labels, significance=significance, density=density)
+    assert len(w.clean_fractions) == (int(y.max()) + 1 if by_class else 1) and ((w.clean_fractions >= 0) & (w.clean_fractions <= 1)).all() and (w.density > 0).all()
     assert w.values.dtype == torch.float32 and torch.isfinite(w.values).all() and (w.values >= 0).all()
     assert ((w.probability >= 0) & (w.probability <= 1)).all() and 0 <= w.clean_fraction <= 1 and 0 < w.p_value <= 1
     groups = y if by_class else torch.zeros_like(y)
@@ -204,23 +210,26 @@ def test_exactly_one_when_training_samples_are_the_reference(scores):
     assert torch.equal(w.values, torch.ones(len(scores))) and torch.equal(w.probability, torch.ones(len(scores)))
     assert w.p_value > .05 and w.effective_sample_size == 1
 
-@pytest.mark.parametrize('by_class', [True, False])
-def test_exchangeable_data_are_left_exactly_alone(by_class):
+@pytest.mark.parametrize('by_class, density', [(True, 'shrunk'), (True, 'pooled'), (True, 'class'), (False, 'shrunk')])
+def test_exchangeable_data_are_left_exactly_alone(by_class, density):
     "At level 5 %: in at most a few of 60 draws is anything weighted, and otherwise every weight is exactly one."
     touched = 0
     for seed in range(60):
         s, r, y, z, _ = sample(400, 0., seed)
-        w = calibrated_weights(s, r, *((y, z) if by_class else ()))
+        w = calibrated_weights(s, r, *((y, z) if by_class else ()), density=density)
         touched += w.p_value <= .05
         assert w.p_value <= .05 or torch.equal(w.values, torch.ones(400))
     assert touched <= 8
 
 def test_the_share_of_good_samples_and_the_bad_ones_are_found():
     for share in (.2, .5):
-        s, r, y, z, bad = sample(2000, share, 1, m=600)
-        w = calibrated_weights(s, r, y, z)
-        assert abs(w.clean_fraction - 1 + share) < .08 and w.p_value < 1e-6
-        assert w.values[~bad].mean() > 3*w.values[bad].mean()
+        errors = []
+        for seed in range(5):
+            s, r, y, z, bad = sample(2000, share, seed, m=600)
+            w = calibrated_weights(s, r, y, z)
+            errors.append(w.clean_fraction - float((~bad).double().mean()))
+            assert w.p_value < 1e-6 and w.values[~bad].mean() > 3*w.values[bad].mean()
+        assert abs(sum(errors)/5) < .05 and max(map(abs, errors)) < .12
 
 def test_folds_are_averaged():
     s, r, y, z, _ = sample(400, .4, 0)
@@ -232,7 +241,8 @@ def test_a_class_without_reference_is_left_alone():
     s, r, y, z, bad = sample(600, .4, 3, classes=1)
     y = torch.arange(600) % 2                                                 # class 1 has no reference sample
     with pytest.warns(UserWarning, match='no reference sample of class 1;.*keep weight 1'): w = calibrated_weights(s, r, y, torch.zeros_like(z))
-    assert torch.allclose(w.values[y == 1], torch.ones(300), atol=1e-5) and float(w.values[y == 0].mean()) == pytest.approx(1, abs=1e-4)
+    assert torch.equal(w.values[y == 1], torch.ones(300)) and torch.equal(w.probability[y == 1], torch.ones(300)) and w.clean_fractions.isnan().tolist() == [False, True]
+    assert abs(w.clean_fraction - .6) < .1 and float(w.values[y == 0].mean()) == pytest.approx(1, abs=1e-4)
     assert w.values[bad & (y == 0)].mean() < .5 < 1.2 < w.values[~bad & (y == 0)].mean()
 
 def test_a_class_in_the_reference_alone_changes_nothing():
@@ -259,6 +269,123 @@ def test_one_reference_per_fold():
     with pytest.raises(ValueError, match='reference has 1 folds, scores have 2; give one reference per fold'): calibrated_weights(torch.ones(2, 3), [torch.ones(3)])
 
 
+# Classes
+
+def by_class(rates, seed=0, n=400, r=50, shift=3.):
+    "Scores, reference, labels, labels of the reference, bad: n training and r reference samples in each class"
+    g, C = torch.Generator().manual_seed(seed), len(rates)
+    y, z = torch.arange(C).repeat_interleave(n), torch.arange(C).repeat_interleave(r)
+    bad = torch.rand(C*n, generator=g) < torch.tensor(rates)[y]
+    return torch.randn(C*n, generator=g) - shift*bad, torch.randn(C*r, generator=g), y, z, bad
+
+def distributions(rates, seed=0, **kwargs):
+    s, r, y, z, _ = by_class(rates, seed, **kwargs)
+    low, high = conformal_intervals(s, r, y, z)
+    return p_value_distribution(low, high, labels=y), effective_count(y, [z], len(y)), *two_groups(p_value_distribution(low, high))
+
+@quick
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.lists(st.integers(0, 5), min_size=1, max_size=60))
+def test_effective_counts(ours, theirs):
+    y, z = torch.tensor(ours), torch.tensor(theirs)
+    m = effective_count(y, [z[:1], z[1:]], len(y))
+    assert len(m) == max(ours) + 1
+    for c, e in enumerate(m.tolist()): assert e == pytest.approx(1/(1/ours.count(c) + 1/theirs.count(c)) if ours.count(c) and theirs.count(c) else 0)
+    assert effective_count(None, [z[:1], z[1:]], len(y)).tolist() == pytest.approx([1/(1/len(y) + 1/len(z))])
+
+@quick
+@given(seeds, st.lists(st.floats(0, .8), min_size=2, max_size=6))
+def test_shares_lie_between_the_common_one_and_the_class_s_own(seed, rates):
+    F, m, share, shape = distributions(rates, seed, n=100, r=20)
+    shares, errors = class_shares(F, m, share, shape)
+    own, own_errors = class_shares(F, 1e12*m, share, shape)                              # without noise nothing is shrunk
+    assert ((shares - share)*(shares - own) <= 1e-6).all() and (errors > 0).all() and (errors <= 1e6*own_errors + 1e-9).all()
+
+@quick
+@given(st.integers(1, 8), st.floats(0, .8), seeds)
+def test_classes_that_are_alike_get_the_common_share(classes, rate, seed):
+    F, m, share, shape = distributions([rate], seed)
+    shares, errors = class_shares(F.expand(classes, -1), m.expand(classes), share, shape)
+    mean = float(((1 - (F[:, 1:] + F[:, :-1])/2)*GRID.diff()).sum())
+    assert torch.allclose(shares, torch.full_like(shares, share), atol=.02) and torch.allclose(errors, errors[:1]/1) and 0 < mean < 1
+    assert float(errors[0]) == pytest.approx(float(class_shares(F, m, share, shape)[1])/classes**.5)
+
+def test_a_class_with_nothing_to_judge_has_no_share():
+    F, m, share, shape = distributions([.4, .1, .2])
+    F[0], m[2] = math.nan, 0.
+    shares, errors = class_shares(F, m, share, shape)
+    assert shares.isnan().tolist() == errors.isnan().tolist() == [True, False, True] and shares[1] == share   # one class alone: the common share
+
+@pytest.mark.parametrize('density', DENSITIES)
+def test_the_shares_of_classes_with_different_noise(density):
+    rates = [.5, .3, .1, 0.]
+    errors = [calibrated_weights(*by_class(rates, seed, r=200)[:4], density=density).clean_fractions - 1 + torch.tensor(rates) for seed in range(5)]
+    assert torch.stack(errors).mean(0).abs().max() < (.05 if density != 'pooled' else 1)
+    assert (torch.stack(errors).abs().mean() < .06) == (density != 'pooled')
+
+def test_clean_classes_are_left_alone_and_noisy_ones_are_not():
+    touched = torch.zeros(6)
+    for seed in range(10):
+        s, r, y, z, bad = by_class([.4, 0.]*3, seed)
+        w = calibrated_weights(s, r, y, z)
+        touched += torch.tensor([not torch.equal(w.values[y == c], torch.ones(400)) for c in range(6)])
+        assert w.values[bad].mean() < .4
+    assert (touched[::2] == 10).all() and touched[1::2].sum() <= 9
+
+def test_the_shrunken_density_gains_where_classes_differ_and_loses_nothing_where_they_do_not():
+    def mistake(rates, density):
+        draws = [by_class(rates, seed, shift=2.) for seed in range(4)]
+        return sum(float(((calibrated_weights(*d[:4], density=density).probability - (~d[4]).float())**2).mean()) for d in draws)/4
+    same, differ = [.4]*6, [.4, 0.]*3
+    assert mistake(same, 'shrunk') < mistake(same, 'pooled') + .003 and mistake(differ, 'shrunk') < mistake(differ, 'pooled') - .01
+    assert mistake(same, 'shrunk') < mistake(same, 'class')
+
+def test_noise_in_a_single_class_is_found():
+    s, r, y, z, bad = by_class([.6] + [0.]*19, 1)
+    w = calibrated_weights(s, r, y, z)
+    assert w.p_value < .001 and w.values[bad].mean() < .5 and w.values[y > 0].std() < .1
+
+@quick
+@given(seeds, densities, st.permutations(range(4)))
+def test_names_of_classes_do_not_matter(seed, density, names):
+    s, r, y, z, _ = by_class([.5, .2, 0., 0.], seed, n=80, r=20)
+    names = torch.tensor(names)
+    a, b = calibrated_weights(s, r, y, z, density=density), calibrated_weights(s, r, names[y], names[z], density=density)
+    assert torch.allclose(a.values, b.values, atol=1e-5) and torch.allclose(a.clean_fractions, b.clean_fractions[names], atol=1e-6)
+    assert a.clean_fraction == pytest.approx(b.clean_fraction) and a.p_value == pytest.approx(b.p_value)
+
+@quick
+@given(seeds, st.floats(0, .8))
+def test_for_one_class_all_densities_agree(seed, share):
+    s, r, y, z, _ = sample(150, share, seed, classes=1)
+    first, *others = [calibrated_weights(s, r, *labels, density=d) for labels in ((), (y, z)) for d in DENSITIES]
+    for other in others: assert torch.allclose(other.values, first.values, atol=1e-5) and other.clean_fraction == first.clean_fraction
+
+def test_a_fold_that_says_nothing_about_a_sample_is_left_out_of_its_average():
+    s, r, y, z, _ = by_class([.5, .5], 0)
+    with pytest.warns(UserWarning, match='no reference sample of class 1'):
+        w = calibrated_weights(torch.stack([s, s]), [r, r[z == 0]], y, [z, z[z == 0]], density='pooled', significance=1)
+    again = calibrated_weights(s, r, y, z, density='pooled', significance=1)
+    rank = lambda v: v.argsort().argsort().double()
+    assert w.probability[y == 1].min() < .2 and torch.corrcoef(torch.stack([rank(w.probability), rank(again.probability)]))[0, 1] > .99
+
+@pytest.mark.parametrize('level', [.05, 1.])
+def test_ties_say_nothing_and_weigh_nothing(level):
+    y = torch.arange(60) % 3
+    w = calibrated_weights(torch.zeros(60), torch.zeros(3), y, torch.arange(3), significance=level)         # every interval is [0, 1]
+    assert torch.equal(w.values, torch.ones(60)) and w.p_value == 1 and w.clean_fraction > .95
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(density='own'), "density is 'own'; use one of shrunk, pooled, class"), (dict(labels=torch.tensor([0, 1, 0, 2])), 'm has 2 entries for 3 classes'),
+    (dict(m=torch.zeros(2)), 'none of its samples is of a class'), (dict(significance=2.), 'significance is')])
+def test_unfit_intervals_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        weights_from_intervals(**(dict(low=torch.zeros(1, 4).double(), high=torch.full((1, 4), .5).double(), m=torch.ones(2), labels=torch.tensor([0, 1, 0, 1])) | kwargs))
+
+def test_no_class_in_common_is_an_error():
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='reference samples of the same classes'):
+        calibrated_weights(torch.randn(6), torch.randn(4), torch.zeros(6, dtype=torch.long), torch.ones(4, dtype=torch.long))
+
+
 # Weights that change
 
 @quick
@@ -273,6 +400,54 @@ def test_updates(first, second, m, eta):
     assert torch.allclose(after(Multiplicative(eta)), balanced(wa**eta*wb**eta), atol=1e-4)
     for update in (Replace(), EMA(m), Multiplicative(eta)): assert float(after(update).mean()) == pytest.approx(1, abs=1e-4)
 
+@quick
+@given(whole, st.floats(.1, 5), seeds)
+def test_exp_minmax_is_the_best_trade_of_gain_and_distance(scores, beta, seed):
+    x = 2*(scores - scores.min())/(scores.max() - scores.min()).clamp_min(1e-12) - 1
+    def objective(w): return float((w*x - torch.special.xlogy(w, w)/beta).mean())
+    w, g = weights_from_influence(scores, 'exp_minmax', beta).double(), torch.Generator().manual_seed(seed)
+    for _ in range(10): assert objective(balanced(w*(.5 + torch.rand(len(w), generator=g).double()))) <= objective(w) + 1e-6
+
+@quick
+@given(whole, st.floats(.01, 100))
+def test_relu_is_a_projected_step_from_zero(scores, step):
+    assert torch.allclose(weights_from_influence(scores, 'relu'), balanced((step*scores).clamp_min(0)).float(), atol=1e-5)
+
+@quick
+@given(whole, st.floats(.2, 5))
+def test_sigmoid_has_the_odds_of_a_logistic_model(scores, beta):
+    w = weights_from_influence(scores, 'sigmoid', beta).double()
+    z = (scores - scores.mean())/scores.std(correction=0).clamp_min(1e-12)
+    assert torch.allclose(w*torch.sigmoid(beta*z[0]), w[0]*torch.sigmoid(beta*z), atol=1e-4)
+
+@quick
+@given(whole, betas, st.sampled_from(sorted(MONOTONE)))
+def test_rank_is_blind_to_the_scale(scores, beta, name):
+    assert torch.equal(weights_from_influence(scores, 'rank', beta), weights_from_influence(MONOTONE[name](scores), 'rank', beta))
+
+@quick
+@given(whole, st.integers(1, 8), st.floats(.1, 2), st.floats(.1, 2))
+def test_multiplicative_steps_add_up_the_strength(scores, k, eta, beta):
+    w = torch.ones(len(scores))
+    for _ in range(k): w = Multiplicative(eta)(w, weights_from_influence(scores, 'exp_minmax', beta))
+    assert torch.allclose(w, weights_from_influence(scores, 'exp_minmax', k*eta*beta), atol=1e-3, rtol=1e-3)
+
+@pytest.mark.parametrize('new, expected', [([0., 2.], [0., 2.]), ([0., 0.], [1., 1.]), ([1e30, 1e30], [1., 1.]), ([1e-30, 1e-30], [1., 1.])])
+def test_multiplicative_with_extreme_weights(new, expected):
+    assert torch.allclose(Multiplicative(20.)(torch.ones(2), torch.tensor(new)), torch.tensor(expected))
+
+def test_a_weight_of_zero_stays_zero_under_multiplicative_alone():
+    s, t = torch.tensor([-1., 1., 2.]), torch.tensor([3., 1., 2.])
+    def after(update):
+        w = SampleWeights(3, 'relu', 1., update); w.refresh(s); return w.refresh(t)
+    assert after(Multiplicative(1.))[0] == 0 and after(Replace())[0] > 1 and after(EMA(.5))[0] > .5
+
+@pytest.mark.parametrize('density', DENSITIES)
+def test_density_is_handed_on(density):
+    s, r, y, z, _ = by_class([.5, 0., .2], 1)
+    crossed = CrossScores(s[None], torch.arange(len(s)), y, (r,), (z,), 'local', damping=.1, residual=0., seconds={})
+    assert torch.allclose(SampleWeights(len(s), density=density).refresh(crossed), calibrated_weights(s, r, y, z, density=density).values, atol=1e-5)
+
 def test_calibration_is_kept_with_the_weights():
     s, r, y, z, _ = sample(300, .5, 0)
     crossed = CrossScores(s[None], torch.arange(300), y, (r,), (z,), 'local', damping=.1, residual=0., seconds={})
@@ -280,7 +455,7 @@ def test_calibration_is_kept_with_the_weights():
     assert weights.calibration is None and torch.equal(weights.values, torch.ones(300))
     assert torch.allclose(weights.refresh(crossed), calibrated_weights(s, r, y, z).values, atol=1e-5) and weights.calibration.clean_fraction < .8
 
-@pytest.mark.parametrize('kwargs, message', [(dict(beta=-1.), 'beta is -1'), (dict(beta=1., transform='softmax'), 'transform is')])
+@pytest.mark.parametrize('kwargs, message', [(dict(beta=-1.), 'beta is -1'), (dict(beta=1., transform='softmax'), 'transform is'), (dict(density='own'), 'density is')])
 def test_unfit_settings_are_named_before_any_score(kwargs, message):
     with pytest.raises(ValueError, match=message): SampleWeights(3, **kwargs)
 
