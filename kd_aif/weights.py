@@ -133,30 +133,32 @@ def _pile_up(F, m):
     return (-2*m*(F - GRID).amax(-1).clamp_min(0)**2).exp()
 
 def _all_good(F, pooled, m, total):
-    "p-value of the hypothesis that no class piles up: half of the level for the pooled test, half for the classes' own (Bonferroni)"
+    "p-value of the hypothesis that no class piles up: four fifths of the level for the pooled test, one fifth for the classes' own (Bonferroni)"
     own = _pile_up(F, m)[(m > 0) & F.isfinite().all(1)]
     together = _pile_up(pooled, total)
-    return float(torch.minimum(2*together, 2*len(own)*own.min()).clamp_max(1) if len(own) > 1 else together)
+    return float(torch.minimum(together/.8, len(own)*own.min()/.2).clamp_max(1) if len(own) > 1 else together)
 
 # %% ../nbs/08_weights.ipynb #08-weights-032
 def class_shares(
     F:Tensor, # (C, k + 1) distribution function of each class's p-values on `grid`; NaN without samples
-    m:Tensor, # (C,) effective number of samples of each class; 0 without reference
+    n:Tensor, # (C,) number of samples behind each
+    m:Tensor, # (C,) effective number of samples, see `effective_count`; 0 without reference
     share:float, # π₀ of all classes together
     shape:Tensor, # (k,) density f₁ of the bad ones' p-values
     grid:Tensor=GRID # (k + 1,) increasing points from 0 to 1
 )->tuple[Tensor, Tensor]: # (C,) each class's share of good samples, and (C,) its standard error; NaN where there is nothing to judge
-    "Shares by class from mean p-values, shrunk to the common share as far as their scatter is noise: empirical Bayes (Efron and Morris, 1975), variance between classes by DerSimonian and Laird (1986)"
+    "Shares by class from mean p-values, shrunk to the common share as far as their scatter is noise: empirical Bayes (Efron and Morris, 1975), variance between classes by moments (DerSimonian and Laird, 1986)"
     width, middle = grid.diff(), (grid[1:] + grid[:-1])/2
     bad = float((shape*width*middle).sum())
     mean = ((1 - (F[:, 1:] + F[:, :-1])/2)*width).sum(1)
     known = (m > 0) & mean.isfinite()
-    own, precision = ((mean - bad)/(.5 - bad))[known], (12*m*(.5 - bad)**2)[known]
-    excess = (precision*(own - share)**2).sum() - (len(own) - 1)
-    between = (excess/(precision.sum() - (precision**2).sum()/precision.sum())).clamp_min(0) if len(own) > 1 else 0.
-    keep = between*precision/(between*precision + 1)                                  # λ = τ²/(τ² + v)
+    own, precision, part = (mean/(.5 - bad))[known], (12*m*(.5 - bad)**2)[known], n[known]/n[known].sum()
+    deviation, common = own - (part*own).sum(), (part**2/precision).sum()            # variance of the mean over classes
+    excess = (precision*deviation**2).sum() - (len(own) - 2 + precision.sum()*common)
+    between = float(excess/(precision*(1 - 2*part + (part**2).sum())).sum()) if len(own) > 1 else 0.
+    keep = max(between, 0.)*precision/(max(between, 0.)*precision + 1)               # λ = τ²/(τ² + v)
     shares, errors = torch.full_like(mean, math.nan), torch.full_like(mean, math.nan)
-    shares[known], errors[known] = (share + keep*(own - share)).clamp(0, 1), (keep/precision + (1 - keep)/precision.sum()).sqrt()
+    shares[known], errors[known] = (share + keep*deviation).clamp(0, 1), (keep/precision + (1 - keep)*common).sqrt()
     return shares, errors
 
 # %% ../nbs/08_weights.ipynb #08-weights-033
@@ -222,6 +224,7 @@ def weights_from_intervals(
     check_fraction('significance', significance)
     if density not in DENSITIES: raise ValueError(f"density is {density!r}; use one of {', '.join(DENSITIES)}")
     groups = torch.zeros(low.shape[1], dtype=torch.long) if labels is None else labels.cpu()
+    m = torch.as_tensor(m, dtype=torch.float64).reshape(-1)
     if not (m > 0).any(): raise ValueError("reference: none of its samples is of a class of the training samples; give reference samples of the same classes")
     known = high - low < 1                                                                   # [0, 1] says nothing
     if not known.any(): known = torch.ones_like(known)
@@ -231,7 +234,7 @@ def weights_from_intervals(
     pooled, total = (F*(counts/counts.sum())[:, None]).nansum(0), _pooled(counts, m)
     (share, shape), p_value = two_groups(pooled), _all_good(F, pooled, m, total)
     if _pile_up(2*GRID - pooled, total) < .001: warnings.warn(_CONSERVATIVE)                # the same test on the other side
-    shares, used, shapes = _class_mixtures(density, F, m, share, shape, significance)
+    shares, used, shapes = _class_mixtures(density, F, counts, m, share, shape, significance)
     if p_value > significance: return CalibratedWeights(torch.ones(len(groups)), torch.ones(len(groups)), share, shares, p_value, torch.ones(len(GRID) - 1))
     probability = _probability(low, high, used[groups], shapes, groups)
     probability = torch.where(known, probability, 0.).sum(0)/known.sum(0)
@@ -239,12 +242,12 @@ def weights_from_intervals(
     return CalibratedWeights(balanced(probability, labels).float(), probability.float(), share, shares, p_value, share + (1 - share)*shape)
 
 # %% ../nbs/08_weights.ipynb #08-weights-038
-def _class_mixtures(density, F, m, share, shape, significance):
+def _class_mixtures(density, F, n, m, share, shape, significance):
     "(C,) estimated shares, (C,) shares to use, which are 1 where a class is left alone or cannot be judged, (C, k) shapes"
     known, shapes = (m > 0) & F.isfinite().all(1), shape.expand(len(m), -1)
     if density == 'pooled': shares = torch.where(known, share, math.nan); alone = ~known
     elif density == 'shrunk':
-        shares, errors = class_shares(F, m, share, shape)
+        shares, errors = class_shares(F, n, m, share, shape)
         alone = (shares > share) & (1 - shares <= torch.special.ndtri(torch.tensor(1 - significance))*errors)
     else:
         found = [two_groups(f) if k else (math.nan, shape) for f, k in zip(F, known)]
@@ -259,13 +262,13 @@ def _holm(p_values, level):
     stop = passed.index(False) if False in passed else C
     return torch.tensor([order.index(c) < stop for c in range(C)])
 
+# %% ../nbs/08_weights.ipynb #08-weights-039
 def _probability(low, high, share, shapes, groups):
     "(folds, n) π/(π + (1 − π)·f₁), f₁ the mean of the class's shape between `low` and `high`"
     mass = torch.nn.functional.pad((shapes*GRID.diff()).cumsum(1), (1, 0))
     f = (_interpolate(high, mass, groups) - _interpolate(low, mass, groups))/(high - low)
     return share/(share + (1 - share)*f).clamp_min(1e-12)
 
-#| export
 _CONSERVATIVE = ("the training samples score better than the reference: the model has probably been trained on them but not on the validation samples, or they come from another source. "
     "The comparison is then too kind to wrong labels; score with a model that was trained on both, or out of fold")
 
@@ -274,7 +277,7 @@ def _interpolate(t, values, row):
     i = (t*(len(GRID) - 1)).long().clamp(0, len(GRID) - 2)
     return values[row, i] + (t*(len(GRID) - 1) - i)*(values[row, i + 1] - values[row, i])
 
-# %% ../nbs/08_weights.ipynb #08-weights-056
+# %% ../nbs/08_weights.ipynb #08-weights-057
 @dataclass(frozen=True)
 class Replace:
     "New weights replace the old"
@@ -296,7 +299,7 @@ class Multiplicative:
         logs = old.double().log() + self.eta*new.double().log()                     # in logarithms: no overflow
         return balanced((logs - logs.max().nan_to_num(neginf=0.)).exp()).to(old.dtype)
 
-# %% ../nbs/08_weights.ipynb #08-weights-057
+# %% ../nbs/08_weights.ipynb #08-weights-058
 class SampleWeights:
     "The weights of n samples and how they follow the scores"
     def __init__(self,

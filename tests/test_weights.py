@@ -281,7 +281,7 @@ def by_class(rates, seed=0, n=400, r=50, shift=3.):
 def distributions(rates, seed=0, **kwargs):
     s, r, y, z, _ = by_class(rates, seed, **kwargs)
     low, high = conformal_intervals(s, r, y, z)
-    return p_value_distribution(low, high, labels=y), effective_count(y, [z], len(y)), *two_groups(p_value_distribution(low, high))
+    return p_value_distribution(low, high, labels=y), y.bincount(), effective_count(y, [z], len(y)), *two_groups(p_value_distribution(low, high))
 
 @quick
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.lists(st.integers(0, 5), min_size=1, max_size=60))
@@ -295,32 +295,31 @@ def test_effective_counts(ours, theirs):
 @quick
 @given(seeds, st.lists(st.floats(0, .8), min_size=2, max_size=6))
 def test_shares_lie_between_the_common_one_and_the_class_s_own(seed, rates):
-    F, m, share, shape = distributions(rates, seed, n=100, r=20)
-    shares, errors = class_shares(F, m, share, shape)
-    own, own_errors = class_shares(F, 1e12*m, share, shape)                              # without noise nothing is shrunk
+    F, n, m, share, shape = distributions(rates, seed, n=100, r=20)
+    shares, errors = class_shares(F, n, m, share, shape)
+    own, own_errors = class_shares(F, n, 1e12*m, share, shape)                           # without noise nothing is shrunk
     assert ((shares - share)*(shares - own) <= 1e-6).all() and (errors > 0).all() and (errors <= 1e6*own_errors + 1e-9).all()
+    if 0 < own.min() and own.max() < 1: assert float((own*n).sum()/n.sum()) == pytest.approx(share, abs=1e-6)
 
 @quick
 @given(st.integers(1, 8), st.floats(0, .8), seeds)
 def test_classes_that_are_alike_get_the_common_share(classes, rate, seed):
-    F, m, share, shape = distributions([rate], seed)
-    shares, errors = class_shares(F.expand(classes, -1), m.expand(classes), share, shape)
-    mean = float(((1 - (F[:, 1:] + F[:, :-1])/2)*GRID.diff()).sum())
-    assert torch.allclose(shares, torch.full_like(shares, share), atol=.02) and torch.allclose(errors, errors[:1]/1) and 0 < mean < 1
-    assert float(errors[0]) == pytest.approx(float(class_shares(F, m, share, shape)[1])/classes**.5)
+    F, n, m, share, shape = distributions([rate], seed)
+    shares, errors = class_shares(F.expand(classes, -1), n.expand(classes), m.expand(classes), share, shape)
+    assert torch.allclose(shares, torch.full_like(shares, share)) and float(errors[0]) == pytest.approx(float(class_shares(F, n, m, share, shape)[1])/classes**.5)
 
 def test_a_class_with_nothing_to_judge_has_no_share():
-    F, m, share, shape = distributions([.4, .1, .2])
-    F[0], m[2] = math.nan, 0.
-    shares, errors = class_shares(F, m, share, shape)
+    F, n, m, share, shape = distributions([.4, .1, .2])
+    F[0], n[0], m[2] = math.nan, 0, 0.
+    shares, errors = class_shares(F, n, m, share, shape)
     assert shares.isnan().tolist() == errors.isnan().tolist() == [True, False, True] and shares[1] == share   # one class alone: the common share
 
 @pytest.mark.parametrize('density', DENSITIES)
 def test_the_shares_of_classes_with_different_noise(density):
     rates = [.5, .3, .1, 0.]
     errors = [calibrated_weights(*by_class(rates, seed, r=200)[:4], density=density).clean_fractions - 1 + torch.tensor(rates) for seed in range(5)]
-    assert torch.stack(errors).mean(0).abs().max() < (.05 if density != 'pooled' else 1)
-    assert (torch.stack(errors).abs().mean() < .06) == (density != 'pooled')
+    assert float(torch.stack(errors).mean(0).abs().max()) < dict(shrunk=.08, pooled=1, **{'class': .12})[density]
+    assert (torch.stack(errors).abs().mean() < .1) == (density != 'pooled')
 
 def test_clean_classes_are_left_alone_and_noisy_ones_are_not():
     touched = torch.zeros(6)
@@ -342,7 +341,7 @@ def test_the_shrunken_density_gains_where_classes_differ_and_loses_nothing_where
 def test_noise_in_a_single_class_is_found():
     s, r, y, z, bad = by_class([.6] + [0.]*19, 1)
     w = calibrated_weights(s, r, y, z)
-    assert w.p_value < .001 and w.values[bad].mean() < .5 and w.values[y > 0].std() < .1
+    assert w.p_value < .001 and w.values[bad].mean() < .5 and effective_sample_size(w.values[y > 0]) > .97
 
 @quick
 @given(seeds, densities, st.permutations(range(4)))
@@ -380,6 +379,11 @@ def test_ties_say_nothing_and_weigh_nothing(level):
 def test_unfit_intervals_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         weights_from_intervals(**(dict(low=torch.zeros(1, 4).double(), high=torch.full((1, 4), .5).double(), m=torch.ones(2), labels=torch.tensor([0, 1, 0, 1])) | kwargs))
+
+def test_a_plain_number_of_samples_does_without_labels():
+    s, r, *_ = sample(200, .4, 0, classes=1)
+    low, high = conformal_intervals(s, r)
+    assert torch.equal(weights_from_intervals(low[None], high[None], 1/(1/200 + 1/200)).values, calibrated_weights(s, r).values)
 
 def test_no_class_in_common_is_an_error():
     with pytest.warns(UserWarning), pytest.raises(ValueError, match='reference samples of the same classes'):

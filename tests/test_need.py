@@ -1,0 +1,111 @@
+"Class weights: the gap closes at balance, noise does nothing, the measurement is the derivative it claims to be, odd data do not break it."
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from kd_aif.influence import LastLayerGaussNewton, last_layer_view
+from kd_aif.losses import batch_cross_entropy
+from kd_aif.need import ClassNeeds, Need, class_need, reliability
+
+C, D = 5, 6
+def generator(seed): return torch.Generator().manual_seed(seed)
+def clouds(counts, seed, spread=1.5):
+    "Overlapping classes, `counts[c]` samples of class c"
+    g, y = generator(seed), torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    centre = torch.randn(len(counts), D, generator=generator(99))
+    return dict(x=centre[y] + spread*torch.randn(len(y), D, generator=g), y=y, index=torch.arange(len(y)))
+
+def batches(data, size=64): return [{k: v[i:i + size] for k, v in data.items()} for i in range(0, len(data['y']), size)]
+
+def fitted(data, weights=None, ridge=1e-3):
+    "A linear softmax classifier at the minimum of its weighted mean loss"
+    model = nn.Linear(D, C, dtype=torch.float32)
+    nn.init.zeros_(model.weight); nn.init.zeros_(model.bias)
+    w = torch.ones(len(data['y'])) if weights is None else weights
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=1, max_iter=300, tolerance_grad=1e-7, line_search_fn='strong_wolfe')
+    def closure():
+        optimizer.zero_grad()
+        loss = (w*nn.functional.cross_entropy(model(data['x']), data['y'], reduction='none')).mean() + ridge*sum((p**2).sum() for p in model.parameters())
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    return model
+
+def measured(model, train, val, v=None, **kw):
+    share = torch.bincount(train['y'], minlength=C).double()*(1. if v is None else v)
+    return class_need(model, batches(train), batches(val), share/share.sum(), **kw)
+
+val = clouds([120]*C, 1)
+tail = clouds([400, 200, 80, 40, 20], 2)
+even = clouds([150]*C, 3)
+
+def test_rare_classes_are_needed_and_both_halves_say_so():
+    halves = measured(fitted(tail), tail, val)
+    assert halves.shape == (2, C) and reliability(halves, .05) > .8
+    assert halves.mean(0).argmax() >= 3 and halves.mean(0).argmin() == 0
+
+def test_nothing_is_needed_where_both_sets_ask_for_the_same():
+    "Balanced sets, and a model that is far from the minimum: influence itself would be large and agreed upon"
+    model = fitted(even)
+    with torch.no_grad(): model.bias += torch.tensor([2., -2., 1., -1., 0.])
+    influence = []
+    v, t = (last_layer_view(model, batch_cross_entropy, batches(d), None, 4000, progress=False) for d in (val, even))
+    G, gap = t.gradient_by_class(), v.gradient() - t.gradient()
+    for g in (v.gradient(), gap): influence.append(G.T @ torch.linalg.solve(LastLayerGaussNewton(t).dense() + .01*torch.eye(C*(D + 1)), g))
+    assert influence[1].std() < .2*influence[0].std(), 'the gap takes out what training does by itself'
+    acted = sum(reliability(measured(model, clouds([150]*C, 10 + i), clouds([120]*C, 50 + i)), .01) > 0 for i in range(40))
+    assert acted <= 3
+
+def test_it_is_the_slope_of_the_validation_loss():
+    "Refitting with a little more weight on a class changes the validation loss as the mean of both halves says"
+    model = fitted(tail)
+    count = torch.bincount(tail['y'], minlength=C)
+    def held_out(weights): return float(nn.functional.cross_entropy(fitted(tail, weights)(val['x']), val['y']).detach())
+    base, slopes = held_out(torch.ones(len(tail['y']))), []
+    for c in range(C): slopes.append((base - held_out(1 + .05*(tail['y'] == c).float()))/.05/(count[c]/len(tail['y'])))
+    need = measured(model, tail, val).mean(0)
+    assert torch.corrcoef(torch.stack([need.double(), torch.tensor(slopes).double()]))[0, 1] > .95
+
+def test_class_weights_come_to_rest():
+    "Followed to the end on a convex model, the gap closes, and the validation loss falls"
+    needs = ClassNeeds(Need(eta=.3, significance=.2), batches(tail), batches(val), C)
+    ones, losses, found = torch.ones(len(tail['y'])), [], []
+    for _ in range(12):
+        model = fitted(tail, needs.values.float()[tail['y']])
+        losses.append(float(nn.functional.cross_entropy(model(val['x']), val['y']).detach()))
+        found.append(needs.measure(model, ones).double().mean(0).std())
+        v = needs.step(model, ones)
+        assert torch.isclose((v*needs.count).sum(), needs.count.sum())
+    assert v[-1] > 1.5*v[0] and found[-1] < .5*found[0] and losses[-1] < losses[0] - .01
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.floats(.1, 10))
+def test_steps_have_no_scale_and_keep_the_order(seed, scale):
+    halves = torch.randn(1, 8, generator=generator(seed)).double() + .05*torch.randn(2, 8, generator=generator(seed + 1)).double()
+    v = torch.rand(8, generator=generator(seed)).double() + .5
+    new = Need().update(v, halves)
+    assert torch.allclose(new, Need().update(v, scale*halves)) and torch.allclose(new, Need().update(v, halves + 3.))
+    if reliability(halves, .01): assert torch.equal((new/v).argsort(), halves.mean(0).argsort())
+    else: assert torch.equal(new, v)
+
+@pytest.mark.parametrize('halves', [torch.zeros(2, 5), torch.ones(2, 5), torch.randn(2, 2, generator=generator(0)), torch.stack([torch.arange(6.), -torch.arange(6.)])], ids=['zero', 'equal', 'two classes', 'opposite'])
+def test_nothing_to_go_by_means_rest(halves):
+    assert reliability(halves) == 0 and torch.equal(Need().update(torch.ones(halves.shape[1]), halves), torch.ones(halves.shape[1]))
+
+def test_bad_labels_do_not_count():
+    "With zero weight on wrong labels the measurement is that of the others"
+    g, model = generator(5), fitted(tail)
+    bad = clouds([30]*C, 6); bad['y'] = torch.randint(C, (150,), generator=g)
+    both = {k: torch.cat([tail[k], bad[k]]) for k in tail}
+    w = torch.cat([torch.ones(len(tail['y'])), torch.zeros(150)])
+    needs = ClassNeeds(Need(per_class=1000), batches(both), batches(val), C)
+    assert reliability(needs.measure(model, w), .05) > .8 and needs.measure(model, w).mean(0).argmin() == 0
+
+def test_a_class_without_training_samples_changes_nothing_else():
+    data = {k: v[tail['y'] != 4] for k, v in tail.items()}
+    needs = ClassNeeds(Need(), batches(data), batches(val), C)
+    halves = needs.measure(fitted(tail), torch.ones(len(data['y'])))
+    assert torch.isfinite(halves).all() and (halves[:, 4] == 0).all() and torch.isfinite(needs.step(fitted(tail), torch.ones(len(data['y'])))).all()
+
+@pytest.mark.parametrize('kwargs, message', [(dict(eta=-1), 'eta'), (dict(significance=2.), 'significance'), (dict(per_class=1), 'per_class is 1'), (dict(start=-1), 'start is -1')])
+def test_mistakes_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message): Need(**kwargs)
