@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'NOISES', 'PRECISIONS', 'RUNNERS', 'Task', 'make_task', 'tas
            'trained_teacher', 'run_task']
 
 # %% ../nbs/13b_runs.ipynb #13b-runs-002
-import dataclasses, hashlib, json
+import dataclasses, hashlib, json, math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -245,6 +245,13 @@ def probabilities(self:_Context):
     return self._probabilities
 
 # %% ../nbs/13b_runs.ipynb #13b-runs-019
+def _calibration_metrics(found, y, wrong, bins=20):
+    "What calibration said, beside the truth: share of good labels in each class, and good and wrong labels by probability"
+    count = lambda rows: torch.histc(found.probability[rows], bins, 0, 1).int().tolist()
+    share = lambda c: float((~wrong[y == c]).double().mean()) if (y == c).any() else None
+    return dict(clean_fractions=[None if math.isnan(v) else v for v in found.clean_fractions.tolist()], true_clean_fractions=[share(c) for c in range(len(found.clean_fractions))],
+        probability_histogram=dict(clean=count(~wrong), wrong=count(wrong)))
+
 def _run_metrics(run, train):
     "Metrics of the run, and what is known of its weights"
     metrics, wrong = dict(run.metrics, true_clean_fraction=1 - float(train.wrong.double().mean())), train.wrong.cpu()
@@ -252,6 +259,7 @@ def _run_metrics(run, train):
     if run.scores is not None and wrong.any():
         scores = run.scores.values
         metrics['score_auc'] = float(roc_auc_score(~wrong, scores.mean(0) if scores.ndim > 1 else scores))
+    if run.calibration is not None: metrics |= _calibration_metrics(run.calibration, train.y.cpu(), wrong)
     return metrics | (weight_diagnostics(run.weights, wrong) if run.mechanism or run.weights.std() > 0 else {})
 
 # %% ../nbs/13b_runs.ipynb #13b-runs-020
