@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -338,20 +339,6 @@ class MetaWeightNet(_Rule):
         self._adam = torch.optim.Adam(self.net.parameters(), self.lr, weight_decay=self.weight_decay)
         self._draws.start(step.losses.device)
 
-    def _weigh(self, step):
-        "(b,) weights, with the graph of the network"
-        signal = step.losses if self.signal is None else self.signal(step.logits, step.batch)
-        v = self.net(signal.detach()[:, None])[:, 0]
-        return _mean_one(v, step.batch) if self.normalise else torch.where(_training_rows(step.batch), v, 1.)
-
-    def meta_gradient(self,
-        step:Step, # the training step
-        batch:dict # validation samples
-    )->list: # a tensor for each parameter of the network
-        "Gradient of the validation loss after the virtual step with respect to the network's parameters"
-        w = self._weigh(step)
-        return torch.autograd.grad(w, list(self.net.parameters()), virtual_gradient(step, batch, w.detach(), self.val_loss))
-
     def __call__(self, step):
         self._follow(step)
         with torch.enable_grad():
@@ -359,7 +346,24 @@ class MetaWeightNet(_Rule):
         self._adam.step()
         with torch.no_grad(): return self._weigh(step)
 
-# %% ../nbs/10_baselines.ipynb #10-baselines-056
+# %% ../nbs/10_baselines.ipynb #10-baselines-055
+@patch
+def _weigh(self:MetaWeightNet, step):
+    "(b,) weights, with the graph of the network"
+    signal = step.losses if self.signal is None else self.signal(step.logits, step.batch)
+    v = self.net(signal.detach()[:, None])[:, 0]
+    return _mean_one(v, step.batch) if self.normalise else torch.where(_training_rows(step.batch), v, 1.)
+
+@patch
+def meta_gradient(self:MetaWeightNet,
+    step:Step, # the training step
+    batch:dict # validation samples
+)->list: # a tensor for each parameter of the network
+    "Gradient of the validation loss after the virtual step with respect to the network's parameters"
+    w = self._weigh(step)
+    return torch.autograd.grad(w, list(self.net.parameters()), virtual_gradient(step, batch, w.detach(), self.val_loss))
+
+# %% ../nbs/10_baselines.ipynb #10-baselines-057
 class WatchedRule(_Rule):
     "A rule that remembers which weights it gave to which training samples"
     def __init__(self,

@@ -316,6 +316,7 @@ class Every:
     "Score every `k` epochs from epoch `start` on, with the model in training: the student, or for mechanism 'both' the teacher"
     k:int = 1 # epochs between two scorings
     start:int = 2 # first epoch with weights
+    ahead:bool = False # with mechanism 'both': the teacher goes ahead, and the student starts when it has finished
     def __post_init__(self): _check_epochs(k=(self.k, 1), start=(self.start, 0))
     def due(self,
         epoch:int # number of the epoch, from 0
@@ -368,11 +369,14 @@ class _Advised:
             with evaluating(self.teacher), torch.no_grad(): logits = self.forward(self.teacher, batch)
             yield {**batch, 'teacher_logits': logits}
 
+def _advised_loss(config):
+    "The student's own loss, for batches that hold the teacher's logits"
+    return lambda logits, batch: _sample_loss(config['loss'], batch['teacher_logits'], config['T'], config['alpha'])(logits, batch)
+
 def _scored(teacher, train, val, config, forward):
     "Loss and un-augmented batches for scoring; with a teacher, those of a student that learns from it"
     if teacher is None: return config['loss'], plain(train), plain(val)
-    loss = lambda logits, batch: _sample_loss(config['loss'], batch['teacher_logits'], config['T'], config['alpha'])(logits, batch)
-    return loss, _Advised(plain(train), teacher, forward), _Advised(plain(val), teacher, forward)
+    return _advised_loss(config), _Advised(plain(train), teacher, forward), _Advised(plain(val), teacher, forward)
 
 def _score(model, teacher, train, val, config, forward, earlier, progress):
     "Scores of the training samples under `model`; all-layer scores of one target go on from the earlier ones"
@@ -461,14 +465,16 @@ def distill(
     table, clock, found, history = SampleWeights(len(index), transform, beta, update), Stopwatch(), [], []
     if isinstance(weights, Tensor): table.values = weights.float()
     lookup, quick = _WeightTable(index, table.values, _device(student)), autocast_forward(forward, autocast)
-    one_shot, together = isinstance(schedule, OneShot), mechanism == 'both' and not isinstance(schedule, OneShot)
+    one_shot, ahead = isinstance(schedule, OneShot), mechanism == 'both' and getattr(schedule, 'ahead', False)
+    together = mechanism == 'both' and not one_shot and not ahead
     rule = _OnlineWeights(lookup, transform, beta) if isinstance(schedule, Online) else weights if callable(weights) else lookup
     batches = MixedBatches(train, val, seed) if train_on_val and (mechanism or weights is not None) else train
     fit = partial(_fit, batches=batches, weights=rule, epochs=epochs, lr=lr, make_optimizer=make_optimizer, T=T, alpha=alpha, loss=loss, forward=quick, seed=seed, progress=progress)
-    needs = ClassNeeds(config['need'], plain(train), plain(val), _classes(student, train, forward), loss, quick, seed) if config['need'] else None
+    needs = ClassNeeds(config['need'], plain(train), plain(val), _classes(student, train, forward), loss, quick, batches is not train, seed) if config['need'] else None
 
+    scored = student if mechanism == 'student' and not one_shot else teacher
     def refresh():
-        scored, mentor = (teacher, None) if one_shot or mechanism == 'both' else (student, teacher)
+        mentor = teacher if scored is student else None
         with clock('scoring'), torch.random.fork_rng():
             if rule is not lookup: return rule.follow(scored, _direction(scored, mentor, train, val, config, quick))
             found.append(_aligned(_score(scored, mentor, train, val, config, quick if last_layer else forward, found, progress), index))
@@ -476,9 +482,9 @@ def distill(
         lookup.set(table.values)
     def follow_need(epoch, model):
         if needs and epoch >= needs.need.start:
-            with clock('need'): lookup.set_need(needs.step(model, table.values))
+            with clock('need'): lookup.set_need(needs.step(model, table.values, _advised_loss(config) if model is student and teacher is not None else None))
     def train_it(name, *models, **options):
-        if needs: lookup.set_need(needs.reset())
+        if needs: lookup.set_need(needs.values) # the student goes on from where its teacher ended
         before = dict(clock.seconds)
         with clock(name): history.extend(fit(*models, title=name, **options))
         for part in ('scoring', 'need'): clock.seconds[name] -= clock.seconds.get(part, 0.) - before.get(part, 0.) # phases of their own
@@ -494,8 +500,13 @@ def distill(
     def before_epoch(epoch, model):
         if mechanism and schedule.due(epoch):
             if one_shot: lookup.set(table.values)
-            else: refresh()
-        follow_need(epoch, model)
+            elif together or model is scored: refresh()
+        follow_need(epoch, teacher if together else model)
+    if ahead:
+        train_it('teacher', teacher, None, before_epoch=before_epoch)
+        refresh() # once more, by the finished teacher
+    if needs and teacher is not None and not together:
+        with clock('need'): needs.advise(teacher)
     train_it('student', student, teacher, teacher_learns=together, before_epoch=before_epoch)
     if rule is not lookup and not callable(weights): table.values = lookup.by_sample()
     metrics = _metrics(student, teacher, val, test, table, lookup, forward)
@@ -574,7 +585,7 @@ def _metrics(student, teacher, val, test, table, lookup, forward):
     if teacher is not None: metrics['teacher_test_accuracy'] = evaluate(teacher, plain(test), forward)['accuracy']
     return metrics
 
-# %% ../nbs/09_distill.ipynb #09-distill-056
+# %% ../nbs/09_distill.ipynb #09-distill-064
 class SubsetBatches:
     "The samples with the given indices, out of any re-iterable batches"
     def __init__(self,
@@ -597,7 +608,7 @@ class SubsetBatches:
             keep = torch.isin(batch['index'].cpu(), self.index).nonzero()[:, 0]
             if len(keep): yield batch_rows(batch, keep)
 
-# %% ../nbs/09_distill.ipynb #09-distill-058
+# %% ../nbs/09_distill.ipynb #09-distill-066
 def out_of_fold_weights(
     fit:Callable, # fit(batches) -> a model trained on these batches
     train:Iterable[dict], # re-iterable training batches

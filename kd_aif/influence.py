@@ -479,16 +479,30 @@ def combine_scores(
     return influence/train_influence.std().clamp_min(tiny) - losses/train_losses.std().clamp_min(tiny)
 
 # %% ../nbs/07_influence.ipynb #07-influence-054
+class _Joined:
+    "Batches of one set, then of the other"
+    def __init__(self, *parts): self.parts = parts
+    def __iter__(self):
+        for part in self.parts: yield from part
+
+def _joined(t, v):
+    "The view of all samples of two views; of the logit Hessians as many from each as its share of the samples allows"
+    keep = sample_mask(len(v.bend_rows), max(1, len(t.bend_rows)*len(v)//len(t))).to(v.bend.device)
+    rows = torch.cat([t.bend_rows, v.bend_rows[keep] + len(t)])
+    parts = [torch.cat([getattr(t, k), getattr(v, k)]) for k in ('features', 'logits', 'losses', 'slope')]
+    return LastLayerView(*parts, torch.cat([t.bend, v.bend[keep]]), rows, torch.cat([t.index, v.index]), torch.cat([t.y, v.y]))
+
 def _last_layer_folds(model, loss, val_loss, train, val, folds, target, solver, forward, seed, progress):
     "Influence of every training and validation sample under each fold's target, by the last layer in closed form"
     start = perf_counter()
-    v = last_layer_view(model, loss, val, forward, progress=progress)
+    v = last_layer_view(model, loss, val, forward, 1000, progress)
     t = last_layer_view(model, loss, train, forward, _bend_limit(v.logits.shape[1], solver.n_samples if solver else None), progress)
+    both = _joined(t, v)
     held = last_layer_view(model, val_loss, val, forward, progress=progress) if val_loss else v
     fold = stratified_folds(v.y, folds, seed).to(v.y.device)
     b = [held.take(fold != k).gradient()[:, None] if target == 'mean' else held.take(fold != k).gradient_by_class() for k in range(folds)]
     gradient = perf_counter()
-    found = (solver or last_layer_solver(t)).solve(LastLayerGaussNewton(t), torch.cat(b, 1))
+    found = (solver or last_layer_solver(both)).solve(LastLayerGaussNewton(both), torch.cat(b, 1))
     solve, x = perf_counter(), found.x.chunk(folds, 1)
     read = lambda view, s: view.scores(s)[:, 0] if target == 'mean' else (view.scores(s)*view.logits.softmax(-1)).sum(1)
     influence = torch.stack([read(t, s) for s in x]), torch.stack([read(v, s) for s in x])
@@ -517,7 +531,7 @@ def _all_layer_folds(model, loss, val_loss, train, val, folds, target, solver, f
     gradient = perf_counter()
     b = torch.cat(b, 1)
     solver = solver or all_layer_solver(b.shape[1])
-    found = solver.solve(GaussNewton(flat, sample_batches(train, solver.n_samples)), b)
+    found = solver.solve(GaussNewton(flat, sample_batches(_Joined(train, val), solver.n_samples)), b)
     solve = perf_counter()
     def read(batches, view):
         values, index = directional_scores(flat, batches, found.x, progress=progress)

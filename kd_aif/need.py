@@ -8,10 +8,11 @@ __all__ = ['class_need', 'reliability', 'Need', 'ClassNeeds']
 # %% ../nbs/08b_need.ipynb #08b-need-002
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor, nn
-from .core import check_fraction, check_positive, generator
+from .core import check_fraction, check_positive, evaluating, generator, to_device
 from .curvature import batch_rows
 from .influence import LastLayerGaussNewton, last_layer_solver, last_layer_view, stratified_folds
 from .losses import batch_cross_entropy
@@ -29,20 +30,27 @@ def class_need(
     model:nn.Module, # the model in training, used in eval mode
     train:Iterable[dict], # batches of the training samples to average over
     val:Iterable[dict], # held-out batches
-    share:Tensor, # (C,) share of each class in the training loss, with its present weight; sums to one
+    train_share:Tensor, # (C,) share of the training samples of each class in the training loss, with its present weight
+    val_share:Tensor, # (C,) share of the validation samples of each class, zero if they do not train; both sum to one together
     weights:Tensor|None=None, # weight of each of these training samples, in the order of the batches; default one
-    loss:Callable=batch_cross_entropy, # loss(logits, batch) -> (b,)
+    loss:Callable=batch_cross_entropy, # loss(logits, batch) -> (b,) of the training
+    val_loss:Callable=batch_cross_entropy, # the one whose fall on the validation samples is the aim
     forward:Callable=default_forward, # forward(model, batch) -> logits
     solver=None, # default `last_layer_solver`
     seed:int=0 # of the halves
 )->Tensor: # (2, C): measured twice, on halves of both sets; zero for a class without samples
     "What more weight of each class would do to the validation loss once the training has followed its own gradient (last layer)"
     v = last_layer_view(model, loss, val, forward, progress=False)
+    held = v if val_loss is loss else last_layer_view(model, val_loss, val, forward, progress=False)
     t = last_layer_view(model, loss, train, forward, 4000, progress=False)
     w = torch.ones(len(t), device=t.y.device) if weights is None else weights.to(t.y.device)
     v_half, t_half = (stratified_folds(view.y, 2, seed).to(view.y.device) for view in (v, t))
-    G = [_class_gradients(t.take(t_half == k), w[t_half == k]) for k in (0, 1)]
-    gap = torch.stack([v.take(v_half == k).gradient() - G[k] @ share.to(w) for k in (0, 1)], 1)
+    share = (train_share + val_share).clamp_min(1e-12).to(w)
+    def gradients(k): # of all that trains: (C·d, C)
+        ours, theirs = _class_gradients(t.take(t_half == k), w[t_half == k]), v.take(v_half == k).gradient_by_class()
+        return (ours*train_share.to(w) + theirs*val_share.to(w))/share
+    G = [gradients(k) for k in (0, 1)]
+    gap = torch.stack([held.take(v_half == k).gradient() - G[k] @ share for k in (0, 1)], 1)
     s = (solver or last_layer_solver(t)).solve(LastLayerGaussNewton(t), gap).x
     return torch.stack([s[:, k] @ G[1 - k] for k in (0, 1)]).cpu()
 
@@ -51,10 +59,15 @@ def reliability(
     halves:Tensor, # (2, C) two measurements of the same C numbers
     significance:float=.01 # of the test that they have nothing in common; 1 tests nothing
 )->float: # in [0, 1]
-    "Share of the variance of their mean over classes that is not noise, 2r/(1 + r) (Spearman-Brown), from their correlation r; zero unless r is significantly positive"
-    if halves.shape[1] < 3 or not (halves.std(1) > 0).all(): return 0. # two classes cannot be told from chance
-    found = stats.pearsonr(*halves.double().numpy(), alternative='greater')
-    return float(2*found.statistic/(1 + found.statistic)) if found.pvalue <= significance and found.statistic > 0 else 0.
+    """Share of the variance of their mean over classes that is not noise, 2r/(1 + r) (Spearman-Brown), r the smallest correlation with any one class left out; zero unless that is significantly positive.
+    Raises `ValueError` for anything but two rows"""
+    if halves.ndim != 2 or len(halves) != 2: raise ValueError(f"halves is {tuple(halves.shape)}; give two measurements, (2, C)")
+    pairs = halves.double().numpy()
+    without = [np.delete(pairs, c, axis=1) for c in range(pairs.shape[1])]
+    if len(without) < 4 or any((p.std(1) <= 0).any() for p in without): return 0. # two or three classes cannot be told from chance
+    found = min((stats.pearsonr(*p, alternative='greater') for p in without), key=lambda test: test.statistic)
+    r = float(found.statistic)
+    return 2*r/(1 + r) if r > 0 and found.pvalue <= significance else 0.
 
 # %% ../nbs/08b_need.ipynb #08b-need-011
 @dataclass(frozen=True)
@@ -88,13 +101,16 @@ class ClassNeeds:
         n_classes:int, # number of classes C
         loss:Callable=batch_cross_entropy, # loss(logits, batch) -> (b,)
         forward:Callable=default_forward, # forward(model, batch) -> logits
+        train_on_val:bool=True, # whether the held-out samples train too, with their class's weight
         seed:int=0 # of the choice of samples and the halves
     ):
-        self.need, self.val, self.loss, self.forward, self.seed = need, list(val), loss, forward, seed
+        self.need, self.val, self.loss, self.forward, self.seed = need, [dict(b) for b in val], loss, forward, seed
         y = torch.cat([b['y'].cpu() for b in train])
         order = torch.randperm(len(y), generator=generator(seed, 'need'))
         self.rows = torch.cat([order[y[order] == c][:need.per_class] for c in range(n_classes)]).sort().values
-        self.train, self.count, start = [], torch.bincount(y, minlength=n_classes).double(), 0
+        self.counts = [torch.bincount(labels, minlength=n_classes).double() for labels in (y, torch.cat([b['y'].cpu() for b in self.val]))]
+        if not train_on_val: self.counts[1].zero_()
+        self.train, start = [], 0
         for batch in train:
             own = self.rows[(self.rows >= start) & (self.rows < start + len(batch['y']))] - start
             if len(own): self.train.append(batch_rows(batch, own))
@@ -103,15 +119,24 @@ class ClassNeeds:
 
     def reset(self)->None: # no class weights yet
         "Start again from one"
-        self.values = torch.ones_like(self.count)
+        self.values = torch.ones_like(self.counts[0])
+
+    def advise(self,
+        teacher:nn.Module # a trained teacher
+    )->None: # batches hold 'teacher_logits' from now on
+        "Let the teacher say what it thinks of all samples that are looked at"
+        with evaluating(teacher), torch.no_grad():
+            for batch in (*self.train, *self.val): batch['teacher_logits'] = self.forward(teacher, to_device(batch, next(teacher.parameters()).device))
 
     def measure(self,
         model:nn.Module, # the model to ask
-        weights:Tensor # (n,) quality weights of all training samples
+        weights:Tensor, # (n,) quality weights of all training samples
+        teacher_loss:Callable|None=None # its own loss(logits, batch) where it learns from a teacher, see `advise`; default `loss`
     )->Tensor: # (2, C), see `class_need`
         "What it needs, under the present class weights"
-        share = self.values*self.count
-        return class_need(model, self.train, self.val, share/share.sum(), weights[self.rows], self.loss, self.forward, seed=self.seed)
+        ours, theirs = (self.values*count for count in self.counts)
+        total = ours.sum() + theirs.sum()
+        return class_need(model, self.train, self.val, ours/total, theirs/total, weights[self.rows], teacher_loss or self.loss, self.loss, self.forward, seed=self.seed)
 
     def wanted(self,
         model:nn.Module, # a trained model
@@ -122,9 +147,11 @@ class ClassNeeds:
 
     def step(self,
         model:nn.Module, # the model in training
-        weights:Tensor # (n,) quality weights of all training samples
-    )->Tensor: # (C,) new class weights, of mean one over the training samples
+        weights:Tensor, # (n,) quality weights of all training samples
+        teacher_loss:Callable|None=None # see `measure`
+    )->Tensor: # (C,) new class weights, of mean one over all samples that train
         "One update"
-        v = self.need.update(self.values, self.measure(model, weights))
-        self.values = v*self.count.sum()/(v*self.count).sum()
+        v = self.need.update(self.values, self.measure(model, weights, teacher_loss))
+        count = sum(self.counts)
+        self.values = v*count.sum()/(v*count).sum()
         return self.values

@@ -307,7 +307,7 @@ _aif = dict(kd_aif={}, quality=dict(need=None), small_loss_calibrated=dict(score
 
 RUNNERS = dict(ce=partial(_run_plain, teacher=False), kd=_run_plain, kd_val=partial(_run_plain, with_val=True),
     **{f'{name}_{m}': partial(_run_aif, mechanism=m, **changes) for name, changes in _aif.items() for m in ('student', 'both')},
-    kd_aif_together=partial(_run_together, schedule=Every(1, 4)), published=partial(_run_together, schedule=Every(1, 2), beta=1.), online=partial(_run_together, schedule=Online(2), beta=1.),
+    kd_aif_together=partial(_run_together, schedule=Every(2, 3, ahead=True)), published=partial(_run_together, schedule=Every(1, 2), beta=1.), online=partial(_run_together, schedule=Online(2), beta=1.),
     **{f'{name}_student': partial(_run_rival, options=options, student_only=True) for name, options in _rivals.items() if name in ('oracle', 'random')},
     need_student=partial(_run_rival, options=lambda c: dict(weights=torch.ones(len(c.y)), need=Need()), student_only=True),
     need_both=partial(_run_rival, options=lambda c: dict(weights=torch.ones(len(c.y)), need=Need())), **{name: partial(_run_rival, options=options) for name, options in _rivals.items()})

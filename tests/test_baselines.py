@@ -478,6 +478,7 @@ def test_looking_at_the_validation_set_changes_nothing_else(which):
     def run(weights, held): return state(distill(net('dropout'), None, Epochs(train), held, weights=weights, **short).student)
     held = Epochs(val)
     rule = inner(held)
+    assert held.epoch == 0, 'the loader itself is left alone: only its plain twin is read'
     assert equal(run(lambda step: (rule(step), torch.ones(len(step.losses)))[1], held), run(torch.ones(60), Epochs(val)))
 
 def test_validation_draws_go_through_the_whole_set():

@@ -32,7 +32,7 @@ def fitted(data, weights=None, ridge=1e-3):
 
 def measured(model, train, val, v=None, **kw):
     share = torch.bincount(train['y'], minlength=C).double()*(1. if v is None else v)
-    return class_need(model, batches(train), batches(val), share/share.sum(), **kw)
+    return class_need(model, batches(train), batches(val), share/share.sum(), torch.zeros(C), **kw)
 
 val = clouds([120]*C, 1)
 tail = clouds([400, 200, 80, 40, 20], 2)
@@ -67,14 +67,14 @@ def test_it_is_the_slope_of_the_validation_loss():
 
 def test_class_weights_come_to_rest():
     "Followed to the end on a convex model, the gap closes, and the validation loss falls"
-    needs = ClassNeeds(Need(eta=.3, significance=.2), batches(tail), batches(val), C)
+    needs = ClassNeeds(Need(eta=.3, significance=.2), batches(tail), batches(val), C, train_on_val=False)
     ones, losses, found = torch.ones(len(tail['y'])), [], []
     for _ in range(12):
         model = fitted(tail, needs.values.float()[tail['y']])
         losses.append(float(nn.functional.cross_entropy(model(val['x']), val['y']).detach()))
         found.append(needs.measure(model, ones).double().mean(0).std())
         v = needs.step(model, ones)
-        assert torch.isclose((v*needs.count).sum(), needs.count.sum())
+        assert torch.isclose((v*needs.counts[0]).sum(), needs.counts[0].sum())
     assert v[-1] > 1.5*v[0] and found[-1] < .5*found[0] and losses[-1] < losses[0] - .01
 
 @settings(max_examples=20, deadline=None)
@@ -97,15 +97,33 @@ def test_bad_labels_do_not_count():
     bad = clouds([30]*C, 6); bad['y'] = torch.randint(C, (150,), generator=g)
     both = {k: torch.cat([tail[k], bad[k]]) for k in tail}
     w = torch.cat([torch.ones(len(tail['y'])), torch.zeros(150)])
-    needs = ClassNeeds(Need(per_class=1000), batches(both), batches(val), C)
+    needs = ClassNeeds(Need(per_class=1000), batches(both), batches(val), C, train_on_val=False)
     assert reliability(needs.measure(model, w), .05) > .8 and needs.measure(model, w).mean(0).argmin() == 0
 
 def test_a_class_without_training_samples_changes_nothing_else():
     data = {k: v[tail['y'] != 4] for k, v in tail.items()}
-    needs = ClassNeeds(Need(), batches(data), batches(val), C)
+    needs = ClassNeeds(Need(), batches(data), batches(val), C, train_on_val=False)
     halves = needs.measure(fitted(tail), torch.ones(len(data['y'])))
     assert torch.isfinite(halves).all() and (halves[:, 4] == 0).all() and torch.isfinite(needs.step(fitted(tail), torch.ones(len(data['y'])))).all()
 
 @pytest.mark.parametrize('kwargs, message', [(dict(eta=-1), 'eta'), (dict(significance=2.), 'significance'), (dict(per_class=1), 'per_class is 1'), (dict(start=-1), 'start is -1')])
 def test_mistakes_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message): Need(**kwargs)
+
+def test_validation_samples_that_train_are_counted():
+    "Where they alone balance the classes, nothing is needed; left out of the count, the rare classes would be"
+    many = clouds([380, 380, 580, 580, 580], 7); few = clouds([220, 220, 20, 20, 20], 8)
+    model = fitted({k: torch.cat([few[k], many[k]]) for k in few})
+    counted, not_counted = (ClassNeeds(Need(per_class=1000), batches(few), batches(many), C, train_on_val=t).measure(model, torch.ones(len(few['y']))) for t in (True, False))
+    assert not_counted.mean(0)[2:].min() > not_counted.mean(0)[:2].max() and not_counted.mean(0).std() > 2*counted.mean(0).std()
+
+def test_the_teachers_pull_is_made_up_for():
+    "A student that learns from a teacher blind to the last class is short of it, though both sets are balanced"
+    blind = nn.Linear(D, C); blind.load_state_dict(fitted(even).state_dict())
+    with torch.no_grad(): blind.bias[4] -= 4.
+    def own(logits, batch): return .5*nn.functional.cross_entropy(logits, batch['y'], reduction='none') + .5*nn.functional.kl_div(logits.log_softmax(1), batch['teacher_logits'].softmax(1), reduction='none').sum(1)
+    student = nn.Linear(D, C); student.load_state_dict(fitted(even).state_dict())
+    with torch.no_grad(): student.bias[4] -= 1.5
+    needs = ClassNeeds(Need(), batches(even), batches(val), C, train_on_val=False)
+    needs.advise(blind)
+    assert needs.measure(student, torch.ones(len(even['y'])), own).mean(0).argmax() == 4 and 'teacher_logits' not in batches(val)[0]
