@@ -43,7 +43,7 @@ class Variant:
     n_val:int = 1000 # validation samples that calibrate
     density:str = 'shrunk' # estimator of the p-values' density, see `ESTIMATORS`
     balance:str = 'class' # 'class': compared and balanced within the class; 'compared': compared within, balanced over all; 'none': neither
-    curvature:str = 'train' # samples behind the curvature of influence: 'train', as `cross_scores` has it, or 'both' training and validation samples
+    curvature:str = 'both' # samples behind the curvature of influence: 'both' training and validation samples, as `cross_scores` has it, or 'train'
 
     def __post_init__(self):
         for name, known in dict(density=ESTIMATORS, balance=BALANCES, layers=('last', 'all'), curvature=CURVATURES).items():
@@ -262,7 +262,7 @@ def _groups(n):
     every = ('local+loss', 'local')
     return dict(scores=vary(score=SCORE_NAMES), curvature=vary(curvature=CURVATURES, layers=('last', 'all'), score=every), layers=vary(layers=('all',), score=('local+loss', 'local', 'mean', 'self', 'local+loss+self')), folds=vary(score=every, folds=(2, 3, 5)),
         densities=vary(density=ESTIMATORS) + [dataclasses.replace(base, balance='compared')] + vary(density=('pooled', 'grenander'), balance=('none',)),
-        samples=vary(n_val=sizes, score=('local+loss', 'local', 'loss', 'self')) + vary(n_val=sizes, density=('pooled', 'class', 'grenander')) + vary(n_val=sizes, folds=(5,)) + vary(n_val=sizes, curvature=('both',)))
+        samples=vary(n_val=sizes, score=('local+loss', 'local', 'loss', 'self')) + vary(n_val=sizes, density=('pooled', 'class', 'grenander')) + vary(n_val=sizes, folds=(5,)) + vary(n_val=sizes, curvature=('train',)))
 
 def _product(axes):
     found = [()]

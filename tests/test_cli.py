@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest, torch
 from kd_aif import cli
-from kd_aif.cli import RUNNERS
+from kd_aif.cli import QUICKSTART
 from kd_aif.records import load_records
 
 
@@ -164,7 +164,7 @@ def test_quickstart(console):
     assert code == 0, err
     first = Path('first')
     rows, records = json.loads((first/'summary.json').read_text()), load_records(first/'results')
-    assert [r['method'] for r in rows] == [*RUNNERS, 'kd_aif_student (beta=1)'] and all(r['seed'] == 0 and 0 < r['test_accuracy'] < 1 and r['seconds'] > 0 for r in rows)
+    assert [r['method'] for r in rows] == [*QUICKSTART, 'kd_aif_student (beta=1)'] and all(r['seed'] == 0 and 0 < r['test_accuracy'] < 1 and r['seconds'] > 0 for r in rows)
     assert sorted(r.metrics['test_accuracy'] for r in records) == sorted(r['test_accuracy'] for r in rows)
     assert {r.experiment for r in records} == {'quickstart'} and all(r.config['epochs'] == 2 and r.dataset['noise']['rate'] == .3 for r in records)
     assert files(first) == sorted(['summary.json', 'report.html', *(str(r.path('results')) for r in records)]), 'nothing else is left'

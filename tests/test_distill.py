@@ -5,9 +5,10 @@ from dataclasses import FrozenInstanceError
 import pytest, torch
 from torch import nn
 from kd_aif.core import generator
-from kd_aif.distill import Every, MixedBatches, OneShot, Run, check_batches, count_classes, distill, evaluate
+from kd_aif.distill import Every, MixedBatches, Online, OneShot, Run, Step, check_batches, count_classes, distill, evaluate
 from kd_aif.influence import CrossScores, InfluenceScores
 from kd_aif.losses import batch_cross_entropy, distill_loss
+from kd_aif.need import Need
 from kd_aif.weights import EMA
 
 C, N, M, FIRST = 3, 150, 90, 1000
@@ -390,3 +391,64 @@ def test_gpu_does_what_the_cpu_does(trained, kwargs):
     assert next(there.student.parameters()).is_cuda and not there.weights.is_cuda and torch.equal(here.index, there.index)
     assert here.metrics['test_accuracy'] == pytest.approx(there.metrics['test_accuracy'], abs=.1)
     assert torch.allclose(here.weights, there.weights, atol=.2)
+
+
+# Rules, precision, losses, need
+
+def test_a_rule_sees_every_step_and_its_weights_are_used(trained):
+    steps = []
+    def rule(step):
+        steps.append(step)
+        assert isinstance(step, Step) and step.model.training and step.losses.shape == step.logits.shape[:1] and step.losses.requires_grad
+        assert torch.allclose(step.loss(step.logits, step.batch), step.losses)
+        return torch.ones(len(step.losses))
+    ruled = distill(model(1), trained, train, val, weights=rule, **settings)
+    tabled = distill(model(1), trained, train, val, weights=torch.ones(N), **settings)
+    for a, b in zip(ruled.student.state_dict().values(), tabled.student.state_dict().values()): assert torch.equal(a, b)
+    assert sum(len(s.losses) for s in steps) == 3*(N + M) and sum(int(s.batch['held_out'].sum()) for s in steps) == 3*M
+    assert {s.epoch for s in steps} == {0, 1, 2} and all(s.epochs == 3 and 0 < s.lr <= .05 for s in steps)
+    without = distill(model(1), trained, train, val, weights=lambda step: torch.zeros(len(step.losses)), **settings | dict(epochs=1, make_optimizer=lambda p, lr: torch.optim.SGD(p, lr=lr)))
+    assert all(torch.equal(a, b) for a, b in zip(without.student.parameters(), model(1).parameters())), 'zero weights move nothing'
+
+def test_another_loss_of_the_labels(trained):
+    "Also in the student's own part: twice the cross-entropy is a teacher weight of alpha/(2 - alpha) at another scale"
+    double = lambda logits, batch: 2*batch_cross_entropy(logits, batch)
+    seen = []
+    distill(model(1), trained, train, val, loss=double, weights=lambda step: seen.append((step.losses.detach(), distill_loss(step.logits, step.logits, step.batch['y'], 4., 0., 'none').detach())) or torch.ones(len(step.losses)), **settings | dict(alpha=0.))
+    for loss, ce in seen: assert torch.allclose(loss, 2*ce)
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(mechanism='student'), dict(mechanism='both', schedule=Every(1, 1))], ids=['plain', 'student', 'together'])
+def test_lower_precision_changes_little_and_only_the_forward_pass(trained, kwargs):
+    teacher = lambda: copy.deepcopy(trained)
+    low, full = (distill(model(1), teacher(), train, val, autocast=dtype, **kwargs, **settings) for dtype in (torch.bfloat16, None))
+    assert all(p.dtype == torch.float32 for p in low.student.parameters())
+    differences = [float((a - b).abs().max()) for a, b in zip(low.student.parameters(), full.student.parameters())]
+    assert 0 < max(differences) < .5
+
+def test_a_teacher_may_go_ahead(trained):
+    "It trains once, scored as it goes; the student starts with what the finished teacher says"
+    ahead = distill(model(1), model(9, 16), train, val, mechanism='both', schedule=Every(1, start=1, ahead=True), **settings)
+    phases = [h['phase'] for h in ahead.history]
+    assert phases == ['teacher']*3 + ['student']*3 and ahead.seconds['teacher'] > 0
+    assert torch.allclose(ahead.weights, ahead.calibration.values) and not torch.equal(ahead.weights, torch.ones(N))
+
+def test_online_weights_come_from_the_batch(trained):
+    run = distill(model(1), copy.deepcopy(trained), train, val, mechanism='student', schedule=Online(1), beta=2., **settings)
+    assert run.weights.std() > .1 and run.weights[wrong].mean() < run.weights[~wrong].mean()
+    first = distill(model(1), copy.deepcopy(trained), train, val, mechanism='student', schedule=Online(2), beta=2., **settings)
+    assert not torch.equal(run.weights, first.weights)
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(beta=1., last_layer=False), dict(beta=1., score='local')], ids=['calibrated', 'all layers', 'local'])
+def test_online_says_what_it_cannot_do(trained, kwargs):
+    with pytest.raises(ValueError, match=r'Every\(1\)'): distill(model(1), trained, train, val, mechanism='student', schedule=Online(1), **kwargs, **settings)
+
+def test_class_weights_multiply_and_validation_samples_have_them_too(trained):
+    "Need is asked for in every epoch from its start; with weights of its own it works without a mechanism"
+    seen = []
+    class Watched(Need):
+        def update(self, v, halves): seen.append(halves.shape); return torch.tensor([2., 1., 1.], dtype=torch.float64)*v
+    run = distill(model(1), trained, train, val, weights=torch.ones(N), need=Watched(start=1), **settings)
+    assert seen == [(2, C)]*2 and run.need[0] > 3.9*run.need[1] and run.need.shape == (C,)
+    counts = torch.bincount(torch.cat([train_data['y'], val_data['y']]), minlength=C)
+    assert torch.isclose((run.need*counts).sum()/counts.sum(), torch.tensor(1.))
+    assert distill(model(1), trained, train, val, mechanism='student', beta=1., **settings).need is None, 'the published form has none'

@@ -21,7 +21,7 @@ def scorer(teachers):
     train, val, _ = task_data(task, progress=False)
     return QualityScorer(trained_teacher(task, train, val, teachers=teachers, progress=False)[0], train, val)
 
-@pytest.mark.parametrize('score, layers, folds, n_val', [('local+loss', 'last', 2, 300), ('mean', 'last', 3, 100), ('loss', 'last', 2, 100), ('local+loss', 'all', 2, 100)])
+@pytest.mark.parametrize('score, layers, folds, n_val', [('local+loss', 'last', 2, 300), ('mean', 'last', 3, 300), ('loss', 'last', 2, 100), ('local+loss', 'all', 2, 300)])
 def test_scores_are_those_of_cross_scores(scorer, score, layers, folds, n_val):
     "Views and solves that are shared change nothing, also for a subset of the validation samples"
     ours = variant_scores(scorer, Variant(score, layers, folds, n_val))

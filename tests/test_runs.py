@@ -1,0 +1,64 @@
+"Every method on one small task: it runs, records what it should, knows its own record, and rivals use what they claim to use."
+import importlib.util
+import pytest, torch
+from kd_aif.data import symmetric_noise
+from kd_aif.records import METHODS, load_records
+from kd_aif.runs import RUNNERS, _Context, describe_data, make_task, run_task, second_opinion, task_data, trained_teacher
+
+SHORT = dict(noise='symmetric', rate=.3, epochs=5)
+cleanlab = pytest.mark.skipif(importlib.util.find_spec('cleanlab') is None, reason='cleanlab is an extra')
+
+@pytest.fixture(scope='module')
+def teachers(tmp_path_factory): return tmp_path_factory.mktemp('teachers')
+
+def run(method, teachers, out=None, **changes): return run_task(make_task('digits', **SHORT | changes), method, 'test', out, teachers=teachers, progress=False)
+
+@pytest.mark.parametrize('method', [pytest.param(m, marks=cleanlab) if m == 'confident_learning' else m for m in RUNNERS])
+def test_every_method_runs_and_is_recorded(method, teachers, tmp_path):
+    record, found = run(method, teachers, tmp_path)
+    assert record.metrics['test_accuracy'] > .5 and found.metrics['test_accuracy'] == record.metrics['test_accuracy']
+    assert record.seconds['student'] > 0 and method in METHODS and (method == 'ce') == (record.teacher == '')
+    assert run(method, teachers, tmp_path) == (record, None) and load_records(tmp_path) == [record], 'it knows its own record'
+    if method in ('kd_aif_student', 'kd_aif_both'):
+        m = record.metrics
+        assert sum(map(sum, m['probability_histogram'].values())) == 997 and abs(m['true_clean_fraction'] - .73) < .02 and len(m['clean_fractions']) == 10
+
+def test_the_oracle_gives_wrong_labels_nothing_and_random_weights_the_same_histogram(teachers):
+    _, oracle = run('oracle_student', teachers)
+    c = _Context(make_task('digits', **SHORT), *task_data(make_task('digits', **SHORT), progress=False), teachers, False)
+    assert (oracle.weights[c.wrong] == 0).all() and torch.isclose(oracle.weights.mean(), torch.tensor(1.))
+    _, random = run('random_student', teachers)
+    assert torch.equal(random.weights.sort().values, c.quality.sort().values) and not torch.equal(random.weights, c.quality)
+
+def test_class_weights_of_rivals_have_mean_one_over_everything_that_trains(teachers):
+    task = make_task('digits', imbalance=10., epochs=5)
+    c = _Context(task, *task_data(task, progress=False), teachers, False)
+    from kd_aif.baselines import inverse_frequency
+    v = c.class_weights(inverse_frequency)
+    assert torch.isclose((v*c.counts).sum()/c.counts.sum(), torch.tensor(1.)) and torch.allclose(v*c.counts, (v*c.counts)[0])
+
+def test_instance_noise_follows_a_small_network():
+    "The same every time; wrong labels are its second choices"
+    task = make_task('digits', noise='instance', rate=.3)
+    train, _, _ = task_data(task, progress=False)
+    again, _, _ = task_data(task, progress=False)
+    clean, _, _ = task_data(make_task('digits'), progress=False)
+    p = second_opinion(task, clean)
+    assert torch.equal(train.y, again.y) and train.wrong.sum() == round(.3*len(train))
+    p[torch.arange(len(p)), clean.y] = -1
+    assert torch.equal(train.y[train.wrong], p.argmax(1)[train.wrong])
+
+def test_disturbed_validation_sets_touch_nothing_else():
+    plain, wrong, shifted = (task_data(make_task('digits', **kw), progress=False) for kw in (dict(), dict(val_rate=.2), dict(val_shift=1.)))
+    assert plain[0].fingerprint == wrong[0].fingerprint == shifted[0].fingerprint and not wrong[0].wrong.any()
+    assert wrong[1].wrong.any() and not torch.equal(plain[1].x, shifted[1].x) and torch.equal(plain[1].y, shifted[1].y)
+    described = describe_data(make_task('digits', val_shift=1.), *shifted)
+    assert described['val_shift'] == 1. and 'val_rate' not in described
+
+def test_precision_is_part_of_the_identity(teachers, tmp_path):
+    a, _ = run('kd_val', teachers, tmp_path); b, other = run('kd_val', teachers, tmp_path, precision='bfloat16')
+    assert other is not None and a.key != b.key
+
+@pytest.mark.parametrize('kwargs, message', [(dict(precision='int4'), 'precision'), (dict(val_rate=2.), 'val_rate'), (dict(val_shift=-1.), 'val_shift'), (dict(noise='adversarial', rate=.1), 'noise')])
+def test_mistakes_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message): make_task('digits', **kwargs)
