@@ -205,6 +205,7 @@ class _Context:
     def __init__(self, task, train, val, test, teachers, progress):
         self.task, self.train, self.val, self.teachers, self.progress = task, train, val, teachers, progress
         self.t, self.v = _loaders(task, train, val)
+        for role in ('teacher', 'student'): self.model(role) # a name that is unknown is found before anything is trained
         self.settings, self.clock = dict(_settings(task), progress=progress), Stopwatch()
         self.test = ImageBatches(test, 500, shuffle=False)
         self.y, self.wrong, self.n_classes = train.y.cpu(), train.wrong.cpu(), train.n_classes
