@@ -18,7 +18,7 @@ from .core import Stopwatch, bar_options, check_fraction, check_positive, evalua
 from .curvature import batch_rows, sample_batches
 from .influence import (SCORES, CrossScores, InfluenceScores, LastLayerGaussNewton, cross_scores, influence_scores, last_layer_solver, last_layer_view,
     stratified_folds)
-from .losses import batch_cross_entropy, distill_loss, kd_loss, weighted_mean
+from .losses import batch_cross_entropy, kd_loss, weighted_mean
 from .models import default_forward, features_and_logits, last_linear
 from .need import ClassNeeds, Need
 from .solvers import CG

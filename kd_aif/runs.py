@@ -9,11 +9,10 @@ __all__ = ['TASKS', 'NOISES', 'PRECISIONS', 'RUNNERS', 'Task', 'make_task', 'tas
 # %% ../nbs/13b_runs.ipynb #13b-runs-002
 import dataclasses, hashlib, json, math
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 import kd_aif
 import torch
-from fastcore.basics import patch
 from sklearn.metrics import roc_auc_score
 from .baselines import (GeneralizedCrossEntropy, GroupDRO, LearningToReweight, LogitAdjusted, MetaWeightNet, confident_learning, effective_number_weights,
     inverse_frequency, oracle_weights, out_of_fold_probabilities, random_weights_like, self_influence_cross, small_loss_weights)
@@ -217,33 +216,29 @@ class _Context:
         return torch.zeros(self.n_classes).scatter(0, every, weigh(every, self.n_classes))
     def shared_teacher(self, with_val=True): return trained_teacher(self.task, self.train, self.val, with_val, self.teachers, self.progress)
 
-@patch(as_prop=True)
-def losses(self:_Context):
-    "(n,) losses of the training samples under the shared teacher"
-    teacher, _ = self.shared_teacher()
-    with self.clock('scoring'), evaluating(teacher), torch.no_grad(): return torch.cat([batch_cross_entropy(teacher(b['x']), b) for b in self.t.plain()]).cpu()
+    def calibrated(self, score):
+        "(n,) calibrated weights from what `score` says of the training samples and of known good ones, under the shared teacher"
+        teacher, _ = self.shared_teacher()
+        with self.clock('scoring'): s = score(teacher, batch_cross_entropy, self.t.plain(), self.v.plain(), progress=False)
+        return calibrated_weights(s.values, s.reference, s.labels, s.reference_labels).values
 
-@patch(as_prop=True)
-def quality(self:_Context):
-    "(n,) calibrated weights from the shared teacher"
-    teacher, _ = self.shared_teacher()
-    with self.clock('scoring'): s = cross_scores(teacher, batch_cross_entropy, self.t.plain(), self.v.plain(), seed=self.task.seed, progress=False)
-    return calibrated_weights(s.values, s.reference, s.labels, s.reference_labels).values
+    @cached_property
+    def quality(self): return self.calibrated(partial(cross_scores, seed=self.task.seed))
 
-@patch(as_prop=True)
-def calibrated_self_influence(self:_Context):
-    "(n,) calibrated weights from self-influence, last layer"
-    teacher, _ = self.shared_teacher()
-    with self.clock('scoring'): s = self_influence_cross(teacher, batch_cross_entropy, self.t.plain(), self.v.plain(), progress=False)
-    return calibrated_weights(s.values, s.reference, s.labels, s.reference_labels).values
+    @cached_property
+    def self_influence(self): return self.calibrated(self_influence_cross)
 
-@patch(as_prop=True)
-def probabilities(self:_Context):
-    "(n, C) of two networks that have seen the other half, and the validation samples"
-    if not hasattr(self, '_probabilities'):
+    @cached_property
+    def losses(self):
+        "(n,) losses of the training samples under the shared teacher"
+        teacher, _ = self.shared_teacher()
+        with self.clock('scoring'), evaluating(teacher), torch.no_grad(): return torch.cat([batch_cross_entropy(teacher(b['x']), b) for b in self.t.plain()]).cpu()
+
+    @cached_property
+    def probabilities(self):
+        "(n, C) of two networks that have seen the other half, and the validation samples"
         def fit(batches): return distill(self.model('teacher'), None, MixedBatches(batches, self.v, self.task.seed), self.v, **self.settings).student
-        with self.clock('preparation'): self._probabilities = out_of_fold_probabilities(fit, self.t, seed=self.task.seed).cpu()
-    return self._probabilities
+        with self.clock('preparation'): return out_of_fold_probabilities(fit, self.t, seed=self.task.seed).cpu()
 
 # %% ../nbs/13b_runs.ipynb #13b-runs-019
 def _calibration_metrics(found, y, wrong, bins=20):
@@ -298,7 +293,7 @@ def _with_loss(c, loss): return dict(weights=torch.ones(len(c.y)), loss=loss)
 # %% ../nbs/13b_runs.ipynb #13b-runs-022
 _rivals = dict(
     oracle=lambda c: dict(weights=oracle_weights(c.wrong, c.y)), random=lambda c: dict(weights=random_weights_like(c.quality, c.y, c.task.seed)),
-    small_loss=lambda c: dict(weights=small_loss_weights(c.losses, c.y)), self_influence=lambda c: dict(weights=c.calibrated_self_influence),
+    small_loss=lambda c: dict(weights=small_loss_weights(c.losses, c.y)), self_influence=lambda c: dict(weights=c.self_influence),
     confident_learning=lambda c: dict(weights=confident_learning(c.probabilities, c.y)), gce=lambda c: _with_loss(c, GeneralizedCrossEntropy()),
     mwn=lambda c: dict(weights=MetaWeightNet(c.v, seed=c.task.seed)), l2rw=lambda c: dict(weights=LearningToReweight(c.v, seed=c.task.seed)),
     group_dro=lambda c: dict(weights=GroupDRO(c.n_classes)), logit_adjusted=lambda c: _with_loss(c, LogitAdjusted(c.counts)),
