@@ -111,6 +111,10 @@ def check_batches(
     n_classes:int # number of classes C: labels are in [0, C)
 )->tuple[Tensor, Tensor]: # (n,) index and (n,) labels, in the order of the batches
     "Look at every batch; raises `ValueError` or `TypeError` for an empty set, missing keys, labels out of range, NaN inputs, repeated indices"
+    return _checked(name, batches, n_classes)[:2]
+
+def _checked(name, batches, n_classes):
+    "Index, labels, and which are held-out samples (in `MixedBatches`)"
     if iter(batches) is batches:
         raise TypeError(f"{name} is a generator, which can be read only once; give a list, a DataLoader or another re-iterable")
     index, y, held_out = [], [], []
@@ -125,7 +129,7 @@ def check_batches(
     if index.min() < 0 or len(torch.stack([index, held_out.long()]).unique(dim=1)[0]) < len(index):
         raise ValueError(f"{name}: {len(index)} samples have {len(index.unique())} different indices from {int(index.min())}; "
             f"give each sample its own index of 0 or more")
-    return index, y
+    return index, y, held_out
 
 # %% ../nbs/09_distill.ipynb #09-distill-014
 def _check_batch(name, batch):
@@ -224,25 +228,27 @@ class Step:
 
 # %% ../nbs/09_distill.ipynb #09-distill-023
 class _WeightTable:
-    "Weight of a sample by its stable index, times that of its class; validation samples count as of weight one"
-    def __init__(self, index, values, device):
-        self.index, self.order = (t.to(device) for t in index.sort())
+    "Weight of a sample by its stable index, times that of its class; validation samples may have the index of a training sample, and count as of weight one where they are not in the table"
+    def __init__(self, index, held_out, values, device):
+        self.keys, self.order = (t.to(device) for t in self._key(index, held_out).sort())
         self.set(values); self.set_need(None)
+    def _key(self, index, held_out): return 2*index + held_out
     def set(self, values): self.values = values.float().to(self.order.device)[self.order]
     def by_sample(self): return self.values[self.order.argsort()].cpu()
     def set_need(self, need): self.need = None if need is None else need.float().to(self.order.device)
     def places(self, batch):
-        "Where the samples of a batch stand in the table, and which of them are validation samples"
-        index = batch['index']
-        place = torch.searchsorted(self.index, index).clamp_max(len(self.index) - 1)
-        held_out = batch.get('held_out', torch.zeros_like(place, dtype=torch.bool))
-        if not ((self.index[place] == index) | held_out).all():
+        "Where the samples of a batch stand in the table, and which of them are in it"
+        held_out = batch.get('held_out', torch.zeros_like(batch['index'], dtype=torch.bool))
+        key = self._key(batch['index'], held_out)
+        place = torch.searchsorted(self.keys, key).clamp_max(len(self.keys) - 1)
+        known = self.keys[place] == key
+        if not (known | held_out).all():
             raise ValueError("train: an index that the first pass over the batches did not show; "
                 "every pass must have the same samples (no drop_last)")
-        return place, held_out
+        return place, known
     def __call__(self, step):
-        place, held_out = self.places(step.batch)
-        w = torch.where(held_out, 1., self.values[place])
+        place, known = self.places(step.batch)
+        w = torch.where(known, self.values[place], 1.)
         return w if self.need is None else w*self.need[step.batch['y']]
 
 # %% ../nbs/09_distill.ipynb #09-distill-024
@@ -343,6 +349,7 @@ class Run:
     metrics:dict # final epoch: test_*, val_*, teacher_test_accuracy, clean_fraction, all_clean_p_value, effective_sample_size
     history:list # one dict per epoch and phase
     weights:Tensor # (n,) final sample weights, in the order of `index`, without those of the classes
+    val_weights:Tensor # (m,) those of the validation samples; none where they do not train under the weights
     need:Tensor|None # (C,) final class weights of the student; None without them
     index:Tensor # (n,) stable index of the training samples
     scores:CrossScores|InfluenceScores|None # the last scores
@@ -403,11 +410,11 @@ class _OnlineWeights:
         self.model, self.s = model, s
     def __call__(self, step):
         if step.model is self.model:
-            place, held_out = self.table.places(step.batch)
+            place, rows = self.table.places(step.batch)
+            rows = rows & ~step.batch.get('held_out', torch.zeros_like(rows))
             slope, = torch.autograd.grad(step.losses.sum(), step.logits, retain_graph=True)
             S = self.s.view(slope.shape[1], -1)
             scores = ((slope @ S[:, :self.features.shape[1]])*self.features).sum(1) + (slope @ S[:, self.features.shape[1]:]).sum(1) # the rest is the bias
-            rows = ~held_out
             if rows.any(): self.table.values[place[rows]] = weights_from_influence(scores[rows], self.transform, self.beta).to(slope.device)
         return self.table(step)
 
@@ -433,8 +440,8 @@ def distill(
     *,
     mechanism:str|None=None, # None (no weights), 'student' or 'both'
     schedule=OneShot(), # OneShot(), Every(k, start) or Online(start): when to score
-    train_on_val:bool=True, # with a mechanism: validation samples train too, with weight 1
-    weights:Tensor|Callable|None=None, # instead of a mechanism: (n,) fixed weights of the training samples, in the order of plain(train), used as they are; or a rule(step:Step) -> (b,)
+    train_on_val:bool=True, # with a mechanism or weights: validation samples train too, with the weight of a sample that is surely good (of one, unless the weights are calibrated)
+    weights:Tensor|Callable|None=None, # instead of a mechanism: (n,) fixed weights of the training samples, in the order of plain(train), or (n + m,), then those of plain(val), used as they are; or a rule(step:Step) -> (b,)
     need:Need|str|None='auto', # weights of the classes: Need(), None, or 'auto': Need() where a mechanism has calibrated weights
     make_teacher:Callable|None=None, # makes a fresh teacher for mechanism 'both' with OneShot; None goes on from `teacher`, in place
     test:Iterable[dict]|None=None, # read once, at the end
@@ -461,16 +468,18 @@ def distill(
     config = dict(mechanism=mechanism, schedule=schedule, train_on_val=train_on_val, epochs=epochs, lr=lr, T=T, alpha=alpha, beta=beta, transform=transform,
         score=score or ('local+loss' if beta == 'calibrated' else 'mean'), update=update, folds=folds, solver=solver, last_layer=last_layer,
         need=(Need() if mechanism and beta == 'calibrated' else None) if need == 'auto' else need, loss=loss, autocast=autocast, seed=seed)
-    index = _check_settings(student, teacher, train, val, test, weights, make_teacher, forward, config)
-    table, clock, found, history = SampleWeights(len(index), transform, beta, update), Stopwatch(), [], []
-    if isinstance(weights, Tensor): table.values = weights.float()
-    lookup, quick = _WeightTable(index, table.values, _device(student)), autocast_forward(forward, autocast)
+    index, held_out, val_index, val_y = _check_settings(student, teacher, train, val, test, weights, make_teacher, forward, config)
+    joined = train_on_val and (mechanism or weights is not None)
+    table, clock, found, history = SampleWeights(len(index), transform, beta, update, good_labels=val_y if joined else None), Stopwatch(), [], []
+    if isinstance(weights, Tensor): table.every[:len(weights)] = weights
+    if joined: held_out, every = torch.cat([held_out, torch.ones_like(val_index, dtype=torch.bool)]), torch.cat([index, val_index])
+    lookup, quick = _WeightTable(every if joined else index, held_out, table.every, _device(student)), autocast_forward(forward, autocast)
     one_shot, ahead = isinstance(schedule, OneShot), mechanism == 'both' and getattr(schedule, 'ahead', False)
     together = mechanism == 'both' and not one_shot and not ahead
     rule = _OnlineWeights(lookup, transform, beta) if isinstance(schedule, Online) else weights if callable(weights) else lookup
-    batches = MixedBatches(train, val, seed) if train_on_val and (mechanism or weights is not None) else train
+    batches = MixedBatches(train, val, seed) if joined else train
     fit = partial(_fit, batches=batches, weights=rule, epochs=epochs, lr=lr, make_optimizer=make_optimizer, T=T, alpha=alpha, loss=loss, forward=quick, seed=seed, progress=progress)
-    needs = ClassNeeds(config['need'], plain(train), plain(val), _classes(student, train, forward), loss, quick, batches is not train, seed) if config['need'] else None
+    needs = ClassNeeds(config['need'], plain(train), plain(val), _classes(student, train, forward), loss, quick, joined, seed) if config['need'] else None
 
     scored = student if mechanism == 'student' and not one_shot else teacher
     def refresh():
@@ -479,10 +488,10 @@ def distill(
             if rule is not lookup: return rule.follow(scored, _direction(scored, mentor, train, val, config, quick))
             found.append(_aligned(_score(scored, mentor, train, val, config, quick if last_layer else forward, found, progress), index))
         table.refresh(found[-1] if beta == 'calibrated' else found[-1].values)
-        lookup.set(table.values)
+        lookup.set(table.every)
     def follow_need(epoch, model):
         if needs and epoch >= needs.need.start:
-            with clock('need'): lookup.set_need(needs.step(model, table.values, _advised_loss(config) if model is student and teacher is not None else None))
+            with clock('need'): lookup.set_need(needs.step(model, table.every, _advised_loss(config) if model is student and teacher is not None else None))
     def train_it(name, *models, **options):
         if needs: lookup.set_need(needs.values) # the student goes on from where its teacher ended
         before = dict(clock.seconds)
@@ -491,15 +500,15 @@ def distill(
 
     if mechanism and one_shot: # the teacher knows all that will be known
         refresh()
-        with clock('need'): needs = needs if needs and needs.wanted(teacher, table.values) else None
-        if mechanism == 'both' and (needs or not torch.equal(table.values, torch.ones(len(index)))): # under uniform weights it has nothing to learn again
+        with clock('need'): needs = needs if needs and needs.wanted(teacher, table.every) else None
+        if mechanism == 'both' and (needs or not torch.equal(table.every, torch.ones_like(table.every))): # under uniform weights it has nothing to learn again
             teacher = teacher if make_teacher is None else make_teacher().to(_device(student))
             _check_teacher(teacher, student, _first_batch('train', plain(train)), forward)
             train_it('teacher', teacher, None, before_epoch=follow_need)
-        lookup.set(torch.ones(len(index)))
+        lookup.set(torch.ones_like(table.every))
     def before_epoch(epoch, model):
         if mechanism and schedule.due(epoch):
-            if one_shot: lookup.set(table.values)
+            if one_shot: lookup.set(table.every)
             elif together or model is scored: refresh()
         follow_need(epoch, teacher if together else model)
     if ahead:
@@ -508,9 +517,9 @@ def distill(
     if needs and teacher is not None and not together:
         with clock('need'): needs.advise(teacher)
     train_it('student', student, teacher, teacher_learns=together, before_epoch=before_epoch)
-    if rule is not lookup and not callable(weights): table.values = lookup.by_sample()
+    if rule is not lookup and not callable(weights): table.every = lookup.by_sample()
     metrics = _metrics(student, teacher, val, test, table, lookup, forward)
-    return Run(mechanism, metrics, history, table.values, lookup.need if lookup.need is None else lookup.need.cpu(), index, found[-1] if found else None, table.calibration, clock.seconds, config, student, teacher)
+    return Run(mechanism, metrics, history, table.values, table.every[table.n:], lookup.need if lookup.need is None else lookup.need.cpu(), index, found[-1] if found else None, table.calibration, clock.seconds, config, student, teacher)
 
 # %% ../nbs/09_distill.ipynb #09-distill-036
 def _check_teacher(teacher, student, batch, forward):
@@ -542,7 +551,7 @@ def _check_schedule(teacher, weights, make_teacher, config):
 
 # %% ../nbs/09_distill.ipynb #09-distill-038
 def _check_settings(student, teacher, train, val, test, weights, make_teacher, forward, config):
-    "Everything that can be known to be wrong before training; returns the training samples' index"
+    "Everything that can be known to be wrong before training; returns index and held-out mark of the samples in train, index and labels of those in val"
     check_fraction('alpha', config['alpha']); check_positive('T', config['T']); check_positive('lr', config['lr']); _check_epochs(epochs=(config['epochs'], 1))
     _check_schedule(teacher, weights, make_teacher, config)
     mechanism = config['mechanism']
@@ -550,13 +559,13 @@ def _check_settings(student, teacher, train, val, test, weights, make_teacher, f
     if not isinstance(first, dict): raise TypeError(f"train: batches are {type(first).__name__}; yield a dict with 'x', 'y' and 'index'")
     c = count_classes(student, first, forward)
     if teacher is not None: _check_teacher(teacher, student, first, forward)
-    if mechanism and 'held_out' in first:
+    if (mechanism or weights is not None and config['train_on_val']) and 'held_out' in first:
         raise ValueError("train holds validation samples (MixedBatches), which must not be scored as training samples; "
             "give train and val apart, train_on_val joins them")
     with evaluating(student, teacher), torch.no_grad():
         for model in (student, teacher) if mechanism and config['last_layer'] else (): features_and_logits(model, to_device(first, _device(model)), forward)
-    index, _ = check_batches('train', plain(train), c)
-    _, val_y = check_batches('val', plain(val), c)
+    index, _, held_out = _checked('train', plain(train), c)
+    val_index, val_y = check_batches('val', plain(val), c)
     if test is not None: check_batches('test', plain(test), c)
     if config['beta'] == 'calibrated' and config['score'] not in SCORES:
         raise ValueError(f"score is {config['score']!r}; use one of {', '.join(SCORES)}")
@@ -564,12 +573,12 @@ def _check_settings(student, teacher, train, val, test, weights, make_teacher, f
         raise ValueError(f"score is {config['score']!r}; with a number for beta use 'mean' (published) or 'local'")
     if mechanism: stratified_folds(val_y, config['folds'])
     if isinstance(weights, Tensor):
-        if len(weights) != len(index):
+        if len(weights) not in (len(index), len(index) + config['train_on_val']*len(val_y)):
             raise ValueError(f"weights has {len(weights)} entries for {len(index)} training samples; "
-                f"give one weight per sample, in the order of plain(train)")
+                f"give one weight per sample, in the order of plain(train)" + f", and the {len(val_y)} of plain(val) after them if you like"*config['train_on_val'])
         if not torch.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
             raise ValueError("weights must be finite, not negative and not all zero; clip them, or use weights_from_influence")
-    return index
+    return index, held_out, val_index, val_y
 
 # %% ../nbs/09_distill.ipynb #09-distill-039
 def _metrics(student, teacher, val, test, table, lookup, forward):

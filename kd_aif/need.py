@@ -108,18 +108,20 @@ class ClassNeeds:
         y = torch.cat([b['y'].cpu() for b in train])
         order = torch.randperm(len(y), generator=generator(seed, 'need'))
         self.rows = torch.cat([order[y[order] == c][:need.per_class] for c in range(n_classes)]).sort().values
-        self.counts = [torch.bincount(labels, minlength=n_classes).double() for labels in (y, torch.cat([b['y'].cpu() for b in self.val]))]
-        if not train_on_val: self.counts[1].zero_()
+        self.labels = y, torch.cat([b['y'].cpu() for b in self.val]) if train_on_val else y[:0]
+        self.values = torch.ones(n_classes, dtype=torch.float64) # no class weights yet
         self.train, start = [], 0
         for batch in train:
             own = self.rows[(self.rows >= start) & (self.rows < start + len(batch['y']))] - start
             if len(own): self.train.append(batch_rows(batch, own))
             start += len(batch['y'])
-        self.reset()
 
-    def reset(self)->None: # no class weights yet
-        "Start again from one"
-        self.values = torch.ones_like(self.counts[0])
+    def _mass(self, weights):
+        "[(C,), (C,)] sum of the weights of each class's training and validation samples"
+        n = len(self.labels[0])
+        if len(weights) not in (n, n + len(self.labels[1])): raise ValueError(f"weights has {len(weights)} entries for {n} training and {len(self.labels[1])} validation samples that train; give one for each, or for the training samples only")
+        theirs = weights[n:] if len(weights) > n else torch.ones(len(self.labels[1]))
+        return [y.bincount(w.double().cpu(), len(self.values)) for y, w in zip(self.labels, (weights[:n], theirs))]
 
     def advise(self,
         teacher:nn.Module # a trained teacher
@@ -130,28 +132,28 @@ class ClassNeeds:
 
     def measure(self,
         model:nn.Module, # the model to ask
-        weights:Tensor, # (n,) quality weights of all training samples
+        weights:Tensor, # (n,) quality weights of all training samples, or (n + m,): of the validation samples that train too (default one)
         teacher_loss:Callable|None=None # its own loss(logits, batch) where it learns from a teacher, see `advise`; default `loss`
     )->Tensor: # (2, C), see `class_need`
         "What it needs, under the present class weights"
-        ours, theirs = (self.values*count for count in self.counts)
+        ours, theirs = (self.values*mass for mass in self._mass(weights))
         total = ours.sum() + theirs.sum()
         return class_need(model, self.train, self.val, ours/total, theirs/total, weights[self.rows], teacher_loss or self.loss, self.loss, self.forward, seed=self.seed)
 
     def wanted(self,
         model:nn.Module, # a trained model
-        weights:Tensor # (n,) quality weights of all training samples
+        weights:Tensor # (n,) or (n + m,), see `measure`
     )->bool: # whether class weights have anything to do
         "Do both halves agree that it is short of some classes?"
         return reliability(self.measure(model, weights), self.need.significance) > 0
 
     def step(self,
         model:nn.Module, # the model in training
-        weights:Tensor, # (n,) quality weights of all training samples
+        weights:Tensor, # (n,) quality weights of all training samples, or (n + m,): of the validation samples that train too (default one)
         teacher_loss:Callable|None=None # see `measure`
     )->Tensor: # (C,) new class weights, of mean one over all samples that train
         "One update"
         v = self.need.update(self.values, self.measure(model, weights, teacher_loss))
-        count = sum(self.counts)
+        count = sum(self._mass(weights))
         self.values = v*count.sum()/(v*count).sum()
         return self.values

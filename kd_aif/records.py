@@ -34,6 +34,8 @@ METHODS = {  # short name -> label, in the order of tables and figures
     'online': 'sigmoid, each mini-batch',
     'random_student': 'random weights, student',
     'random': 'random weights',
+    'val_alone_student': 'weight on validation samples alone, student',
+    'val_alone': 'weight on validation samples alone',
     'small_loss': 'small loss, sigmoid',
     'small_loss_calibrated_student': 'small loss, calibrated, student',
     'small_loss_calibrated_both': 'small loss, calibrated',

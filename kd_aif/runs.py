@@ -25,7 +25,7 @@ from .models import build_model, load_model, save_model
 from .need import Need
 from .plots import weight_diagnostics
 from .records import find_record, make_record, save_record
-from .weights import calibrated_weights
+from .weights import calibrated_weights, joint_weights
 
 # %% ../nbs/13b_runs.ipynb #13b-runs-005
 @dataclass(frozen=True)
@@ -207,8 +207,9 @@ class _Context:
         for role in ('teacher', 'student'): self.model(role) # a name that is unknown is found before anything is trained
         self.settings, self.clock = dict(_settings(task), progress=progress), Stopwatch()
         self.test = ImageBatches(test, 500, shuffle=False)
-        self.y, self.wrong, self.n_classes = train.y.cpu(), train.wrong.cpu(), train.n_classes
-        self.counts = torch.bincount(torch.cat([train.y, val.y]).cpu(), minlength=self.n_classes)
+        self.y, self.n_classes, both = train.y.cpu(), train.n_classes, (train, val)
+        self.every_y, self.every_wrong = (torch.cat([getattr(d, k) for d in both]).cpu() for k in ('y', 'wrong')) # of all that trains
+        self.counts = torch.bincount(self.every_y, minlength=self.n_classes)
     def model(self, role): return _new_model(self.task, role, self.train)
     def class_weights(self, weigh):
         "(C,) of what `weigh` gives the classes of training + validation samples"
@@ -217,10 +218,21 @@ class _Context:
     def shared_teacher(self, with_val=True): return trained_teacher(self.task, self.train, self.val, with_val, self.teachers, self.progress)
 
     def calibrated(self, score):
-        "(n,) calibrated weights from what `score` says of the training samples and of known good ones, under the shared teacher"
+        "(n + m,) calibrated weights, validation samples last, from what `score` says of the training samples and of known good ones, under the shared teacher"
         teacher, _ = self.shared_teacher()
         with self.clock('scoring'): s = score(teacher, batch_cross_entropy, self.t.plain(), self.v.plain(), progress=False)
-        return calibrated_weights(s.values, s.reference, s.labels, s.reference_labels).values
+        return joint_weights(calibrated_weights(s.values, s.reference, s.labels, s.reference_labels).probability, s.labels, self.every_y[len(self.y):])
+
+    def pruned(self, wrong):
+        "(n + m,) zero on the training samples that are taken for wrong, equal within the class on all others"
+        return oracle_weights(torch.cat([wrong, torch.zeros(len(self.every_y) - len(self.y), dtype=torch.bool)]), self.every_y)
+
+    def val_alone(self):
+        "(n + m,) validation samples as in `quality`, the training samples of a class all alike"
+        w, n = self.quality.clone(), len(self.y)
+        mean = torch.bincount(self.y, w[:n].double(), self.n_classes)/torch.bincount(self.y, minlength=self.n_classes).clamp_min(1)
+        w[:n] = mean.float()[self.y]
+        return w
 
     @cached_property
     def quality(self): return self.calibrated(partial(cross_scores, seed=self.task.seed))
@@ -292,9 +304,9 @@ def _with_loss(c, loss): return dict(weights=torch.ones(len(c.y)), loss=loss)
 
 # %% ../nbs/13b_runs.ipynb #13b-runs-022
 _rivals = dict(
-    oracle=lambda c: dict(weights=oracle_weights(c.wrong, c.y)), random=lambda c: dict(weights=random_weights_like(c.quality, c.y, c.task.seed)),
+    oracle=lambda c: dict(weights=oracle_weights(c.every_wrong, c.every_y)), random=lambda c: dict(weights=random_weights_like(c.quality, c.every_y, c.task.seed)), val_alone=lambda c: dict(weights=c.val_alone()),
     small_loss=lambda c: dict(weights=small_loss_weights(c.losses, c.y)), self_influence=lambda c: dict(weights=c.self_influence),
-    confident_learning=lambda c: dict(weights=confident_learning(c.probabilities, c.y)), gce=lambda c: _with_loss(c, GeneralizedCrossEntropy()),
+    confident_learning=lambda c: dict(weights=c.pruned(confident_learning(c.probabilities, c.y) == 0)), gce=lambda c: _with_loss(c, GeneralizedCrossEntropy()),
     mwn=lambda c: dict(weights=MetaWeightNet(c.v, seed=c.task.seed)), l2rw=lambda c: dict(weights=LearningToReweight(c.v, seed=c.task.seed)),
     group_dro=lambda c: dict(weights=GroupDRO(c.n_classes)), logit_adjusted=lambda c: _with_loss(c, LogitAdjusted(c.counts)),
     inverse_frequency=lambda c: _by_class(c.class_weights(inverse_frequency)), effective_number=lambda c: _by_class(c.class_weights(effective_number_weights)))
@@ -304,6 +316,6 @@ _aif = dict(kd_aif={}, quality=dict(need=None), small_loss_calibrated=dict(score
 RUNNERS = dict(ce=partial(_run_plain, teacher=False), kd=_run_plain, kd_val=partial(_run_plain, with_val=True),
     **{f'{name}_{m}': partial(_run_aif, mechanism=m, **changes) for name, changes in _aif.items() for m in ('student', 'both')},
     kd_aif_together=partial(_run_together, schedule=Every(2, 3, ahead=True)), published=partial(_run_together, schedule=Every(1, 2), beta=1.), online=partial(_run_together, schedule=Online(2), beta=1.),
-    **{f'{name}_student': partial(_run_rival, options=options, student_only=True) for name, options in _rivals.items() if name in ('oracle', 'random')},
+    **{f'{name}_student': partial(_run_rival, options=options, student_only=True) for name, options in _rivals.items() if name in ('oracle', 'random', 'val_alone')},
     need_student=partial(_run_rival, options=lambda c: dict(weights=torch.ones(len(c.y)), need=Need()), student_only=True),
     need_both=partial(_run_rival, options=lambda c: dict(weights=torch.ones(len(c.y)), need=Need())), **{name: partial(_run_rival, options=options) for name, options in _rivals.items()})

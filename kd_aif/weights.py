@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TRANSFORMS', 'GRID', 'DENSITIES', 'balanced', 'weights_from_influence', 'conformal_intervals', 'p_value_distribution',
            'two_groups', 'effective_count', 'class_shares', 'CalibratedWeights', 'effective_sample_size',
-           'calibrated_weights', 'weights_from_intervals', 'Replace', 'EMA', 'Multiplicative', 'SampleWeights']
+           'calibrated_weights', 'weights_from_intervals', 'joint_weights', 'Replace', 'EMA', 'Multiplicative',
+           'SampleWeights']
 
 # %% ../nbs/08_weights.ipynb #08-weights-002
 import math
@@ -277,6 +278,18 @@ def _interpolate(t, values, row):
     i = (t*(len(GRID) - 1)).long().clamp(0, len(GRID) - 2)
     return values[row, i] + (t*(len(GRID) - 1) - i)*(values[row, i + 1] - values[row, i])
 
+# %% ../nbs/08_weights.ipynb #a5edfb12
+def joint_weights(
+    probability:Tensor, # (n,) probability that a sample is good, such as `CalibratedWeights.probability`
+    labels:Tensor|None=None, # (n,) given labels
+    good_labels:Tensor|None=None # (m,) labels of samples that are good for sure
+)->Tensor: # (n + m,) float32, mean 1 within every class: the weights of the first, then of the others
+    "Weights of samples that are good with some probability, beside others that are good for sure; raises `ValueError` when labels are missing or of another length. Ours"
+    if good_labels is None or not len(good_labels): return balanced(probability, labels).float()
+    if labels is None or len(labels) != len(probability): raise ValueError(f"labels has {0 if labels is None else len(labels)} entries for {len(probability)} samples; beside samples that are good for sure, give the label of each")
+    every = torch.cat([probability.cpu().double(), torch.ones(len(good_labels), dtype=torch.float64)])
+    return balanced(every, torch.cat([labels.cpu(), good_labels.cpu()])).float()
+
 # %% ../nbs/08_weights.ipynb #08-weights-057
 @dataclass(frozen=True)
 class Replace:
@@ -301,28 +314,35 @@ class Multiplicative:
 
 # %% ../nbs/08_weights.ipynb #08-weights-058
 class SampleWeights:
-    "The weights of n samples and how they follow the scores"
+    "The weights of n samples, beside samples that are good for sure, and how they follow the scores"
     def __init__(self,
         n:int, # number of samples
         transform:str='sigmoid', # used when `beta` is a number
         beta:float|str='calibrated', # strength of the transform, or 'calibrated'
         update=Replace(), # Replace(), EMA(m) or Multiplicative(eta)
-        density:str='shrunk' # what classes have in common when calibrated, see `calibrated_weights`
+        density:str='shrunk', # what classes have in common when calibrated, see `calibrated_weights`
+        good_labels:Tensor|None=None # (m,) labels of samples that train too and are good for sure: calibrated weights are balanced together with theirs, see `joint_weights`
     ):
         if density not in DENSITIES: raise ValueError(f"density is {density!r}; use one of {', '.join(DENSITIES)}")
         if beta != 'calibrated': weights_from_influence(torch.zeros(1), transform, beta)
-        self.values, self.transform, self.beta, self.update, self.density, self.calibration = torch.ones(n), transform, beta, update, density, None
+        self.transform, self.beta, self.update, self.density, self.calibration = transform, beta, update, density, None
+        self.good_labels = torch.zeros(0, dtype=torch.long) if good_labels is None else good_labels.cpu()
+        self.n, self.every = n, torch.ones(n + len(self.good_labels))
+
+    @property
+    def values(self)->Tensor: # (n,)
+        "The weights of the samples that have scores"
+        return self.every[:self.n]
 
     def refresh(self,
         scores # (n,) scores; for beta='calibrated' a `CrossScores`
     )->Tensor: # (n,) the new current weights
         "Update the weights from new scores; raises `ValueError` when their number differs"
-        if len(scores) != len(self.values):
-            raise ValueError(f"scores: {len(scores)} for {len(self.values)} samples; give one score per sample")
+        if len(scores) != self.n:
+            raise ValueError(f"scores: {len(scores)} for {self.n} samples; give one score per sample")
         if self.beta == 'calibrated':
             self.calibration = calibrated_weights(scores.values, scores.reference, scores.labels, scores.reference_labels, density=self.density)
-            new = self.calibration.values
-        else: new = weights_from_influence(scores, self.transform, self.beta)
-        self.values = self.update(self.values, new)
-        if self.beta == 'calibrated': self.values = balanced(self.values, scores.labels)
+            new = self.update(self.every, joint_weights(self.calibration.probability, scores.labels, self.good_labels))
+            self.every = balanced(new, torch.cat([scores.labels.cpu(), self.good_labels]))
+        else: self.every = torch.cat([self.update(self.values, weights_from_influence(scores, self.transform, self.beta)), self.every[self.n:]])
         return self.values

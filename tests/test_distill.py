@@ -9,7 +9,7 @@ from kd_aif.distill import Every, MixedBatches, Online, OneShot, Run, Step, chec
 from kd_aif.influence import CrossScores, InfluenceScores
 from kd_aif.losses import batch_cross_entropy, distill_loss
 from kd_aif.need import Need
-from kd_aif.weights import EMA
+from kd_aif.weights import EMA, joint_weights
 
 C, N, M, FIRST = 3, 150, 90, 1000
 
@@ -81,7 +81,8 @@ def test_mechanisms_and_schedules(teacher, mechanism, schedule, train_on_val):
     assert run.index.tolist() == train_data['index'].tolist() and run.weights.shape == (N,)
     assert isinstance(run.scores, CrossScores) and torch.equal(run.scores.index, run.index) and run.calibration is not None
     assert torch.isfinite(run.weights).all() and (run.weights >= 0).all()
-    for c in range(C): assert float(run.weights[train_data['y'] == c].mean()) == pytest.approx(1, abs=1e-4)
+    assert run.val_weights.shape == (M*train_on_val,)
+    for c in range(C): assert float(torch.cat([run.weights[train_data['y'] == c], run.val_weights[val_data['y'][:len(run.val_weights)] == c]]).mean()) == pytest.approx(1, abs=1e-4)
     assert not equal(before[1], state(student))
     assert equal(before[0], state(teacher)) == (mechanism == 'student'), 'mechanism 1 leaves the teacher alone, mechanism 2 trains it on in place'
     assert run.teacher is teacher
@@ -225,6 +226,33 @@ def test_weight_of_zero_is_as_good_as_absent(teacher):
     assert equal(state(runs[0].student), state(runs[1].student))
     assert torch.equal(runs[0].weights, (~wrong).float())
 
+def test_a_validation_sample_weighs_what_a_surely_good_sample_weighs(teacher):
+    run = distill(model(1), teacher, train, val, mechanism='student', **settings)
+    for c in range(C):
+        ours, p, theirs = run.weights[train_data['y'] == c], run.calibration.probability[train_data['y'] == c], run.val_weights[val_data['y'] == c]
+        assert theirs.min() == theirs.max() > 1.1 and torch.allclose(ours, p*theirs[0], atol=1e-5)
+
+def test_validation_samples_are_told_from_training_samples_of_the_same_index(teacher):
+    "What the loop weighs them with, sample by sample: both sets count from zero"
+    a, b = ({**d, 'index': torch.arange(len(d['y']))} for d in (train_data, val_data))
+    w = torch.arange(N + M)/(N + M) + .5
+    student, by_hand = plain_net(), plain_net()
+    distill(student, None, Loader(a), Loader(b), weights=w, make_optimizer=lambda p, lr: Descent(p, lr=lr), **settings | dict(epochs=1))
+    by_hand.train()
+    for batch in MixedBatches(Loader(a), Loader(b), 0):
+        by_hand.zero_grad(); (w[batch['index'] + N*batch['held_out']]*batch_cross_entropy(forward(by_hand, batch), batch)).mean().backward()
+        with torch.no_grad():
+            for p in by_hand.parameters(): p -= .1*p.grad
+    for p, q in zip(student.parameters(), by_hand.parameters()): assert torch.allclose(p, q, atol=1e-5)
+
+def test_weights_of_the_validation_samples_may_be_left_out(teacher):
+    w = torch.rand(N, generator=generator(0)) + .5
+    runs = [distill(model(1), teacher, train, val, weights=weights, **settings) for weights in (w, torch.cat([w, torch.ones(M)]), torch.cat([w, torch.full((M,), 2.)]))]
+    assert equal(state(runs[0].student), state(runs[1].student)) and not equal(state(runs[0].student), state(runs[2].student))
+    assert torch.equal(runs[2].weights, w) and runs[2].val_weights.eq(2).all()
+    with pytest.raises(ValueError, match=f'weights has {N + M} entries for {N} training samples'): distill(model(1), teacher, train, val, weights=torch.ones(N + M), train_on_val=False, **settings)
+    with pytest.raises(ValueError, match='give train and val apart'): distill(model(1), teacher, MixedBatches(train, val), val, weights=torch.ones(N + M), **settings)
+
 def test_weights_are_in_the_order_of_the_loader(teacher):
     "Another order of samples with the weights in that order: the same objective."
     order = torch.randperm(N, generator=torch.Generator().manual_seed(3))
@@ -243,17 +271,18 @@ def plain_net():
 
 # One step by hand
 
+class Descent(torch.optim.SGD):
+    "An optimiser of the caller's own: whatever the schedule says, a step of 0.1"
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]['params']: p -= .1*p.grad
+
 def test_one_step_is_the_documented_loss(teacher):
     "(1/b) Σ wᵢ ((1 − α) CE + α T² KL), one step of the optimiser that the caller makes."
     w = torch.rand(N, generator=torch.Generator().manual_seed(0))*2
     batch = next(iter(Loader(train_data, N)))
-    class Fixed(torch.optim.SGD):
-        "An optimiser of the caller's own: whatever the schedule says, a step of 0.1"
-        @torch.no_grad()
-        def step(self, closure=None):
-            for p in self.param_groups[0]['params']: p -= .1*p.grad
     student, by_hand = plain_net(), plain_net()
-    distill(student, teacher, Loader(train_data, N), val, weights=w, train_on_val=False, T=2., make_optimizer=lambda p, lr: Fixed(p, lr=lr), **settings | dict(epochs=1, alpha=.3))
+    distill(student, teacher, Loader(train_data, N), val, weights=w, train_on_val=False, T=2., make_optimizer=lambda p, lr: Descent(p, lr=lr), **settings | dict(epochs=1, alpha=.3))
     by_hand.train(); teacher.eval()
     (w*distill_loss(forward(by_hand, batch), forward(teacher, batch).detach(), batch['y'], 2., .3, 'none')).mean().backward()
     for p, q in zip(student.parameters(), by_hand.parameters()): assert torch.allclose(p, q - .1*q.grad, atol=1e-6)
@@ -430,7 +459,7 @@ def test_a_teacher_may_go_ahead(trained):
     ahead = distill(model(1), model(9, 16), train, val, mechanism='both', schedule=Every(1, start=1, ahead=True), **settings)
     phases = [h['phase'] for h in ahead.history]
     assert phases == ['teacher']*3 + ['student']*3 and ahead.seconds['teacher'] > 0
-    assert torch.allclose(ahead.weights, ahead.calibration.values) and not torch.equal(ahead.weights, torch.ones(N))
+    assert torch.allclose(torch.cat([ahead.weights, ahead.val_weights]), joint_weights(ahead.calibration.probability, train_data['y'], val_data['y'])) and not torch.equal(ahead.weights, torch.ones(N))
 
 def test_online_weights_come_from_the_batch(trained):
     run = distill(model(1), copy.deepcopy(trained), train, val, mechanism='student', schedule=Online(1), beta=2., **settings)

@@ -26,9 +26,14 @@ def test_every_method_runs_and_is_recorded(method, teachers, tmp_path):
 def test_the_oracle_gives_wrong_labels_nothing_and_random_weights_the_same_histogram(teachers):
     _, oracle = run('oracle_student', teachers)
     c = _Context(make_task('digits', **SHORT), *task_data(make_task('digits', **SHORT), progress=False), teachers, False)
-    assert (oracle.weights[c.wrong] == 0).all() and torch.isclose(oracle.weights.mean(), torch.tensor(1.))
+    wrong, every = c.train.wrong, torch.cat([oracle.weights, oracle.val_weights])
+    assert (oracle.weights[wrong] == 0).all() and torch.isclose(every.mean(), torch.tensor(1.))
+    for k in range(10): assert torch.allclose(oracle.val_weights[c.val.y == k], oracle.weights[(c.y == k) & ~wrong].max()), 'good is good, wherever it comes from'
     _, random = run('random_student', teachers)
-    assert torch.equal(random.weights.sort().values, c.quality.sort().values) and not torch.equal(random.weights, c.quality)
+    every = torch.cat([random.weights, random.val_weights])
+    assert torch.equal(every.sort().values, c.quality.sort().values) and not torch.equal(every, c.quality)
+    _, alone = run('val_alone_student', teachers)
+    assert torch.equal(alone.val_weights, c.quality[len(c.y):]) and all(alone.weights[c.y == k].std() < 1e-6 for k in range(10)) and alone.val_weights.min() > alone.weights.max()
 
 def test_class_weights_of_rivals_have_mean_one_over_everything_that_trains(teachers):
     task = make_task('digits', imbalance=10., epochs=5)
