@@ -280,9 +280,16 @@ def _run_plain(c, with_val=False, teacher=True):
 def _run_aif(c, mechanism, **changes):
     "KD-AIF with one of its mechanisms: scores from the teacher that is there"
     teacher, spent = c.shared_teacher()
-    options = dict(beta=c.task.beta, score=c.task.score) | changes
-    run = distill(c.model('student'), teacher, c.t, c.v, mechanism=mechanism, make_teacher=lambda: c.model('teacher'), test=c.test, **options, **c.settings)
+    options = dict(beta=c.task.beta, score=c.task.score, make_teacher=lambda: c.model('teacher')) | changes
+    run = distill(c.model('student'), teacher, c.t, c.v, mechanism=mechanism, test=c.test, **options, **c.settings)
     return run, dict(teacher=spent, scoring=run.seconds['scoring'], need=run.seconds.get('need', 0.), retraining=run.seconds.get('teacher', 0.), student=run.seconds['student'])
+
+def _run_longer(c):
+    "The control of a teacher that goes on: without weights it does so too"
+    teacher, spent = c.shared_teacher()
+    more = distill(teacher, None, MixedBatches(c.t, c.v, c.task.seed), c.v, **c.settings)
+    run = distill(c.model('student'), teacher, MixedBatches(c.t, c.v, c.task.seed), c.v, test=c.test, **c.settings)
+    return run, dict(teacher=spent, retraining=more.seconds['student'], **run.seconds)
 
 def _run_together(c, **changes):
     "Teacher and student train together, with refreshes: no second training"
@@ -315,7 +322,7 @@ _aif = dict(kd_aif={}, quality=dict(need=None), small_loss_calibrated=dict(score
 
 RUNNERS = dict(ce=partial(_run_plain, teacher=False), kd=_run_plain, kd_val=partial(_run_plain, with_val=True),
     **{f'{name}_{m}': partial(_run_aif, mechanism=m, **changes) for name, changes in _aif.items() for m in ('student', 'both')},
-    kd_aif_together=partial(_run_together, schedule=Every(2, 3, ahead=True)), published=partial(_run_together, schedule=Every(1, 2), beta=1.), online=partial(_run_together, schedule=Online(2), beta=1.),
+    kd_aif_goes_on=partial(_run_aif, mechanism='both', make_teacher=None), kd_val_goes_on=_run_longer, kd_aif_together=partial(_run_together, schedule=Every(2, 3, ahead=True)), published=partial(_run_together, schedule=Every(1, 2), beta=1.), online=partial(_run_together, schedule=Online(2), beta=1.),
     **{f'{name}_student': partial(_run_rival, options=options, student_only=True) for name, options in _rivals.items() if name in ('oracle', 'random', 'val_alone')},
     need_student=partial(_run_rival, options=lambda c: dict(weights=torch.ones(len(c.y)), need=Need()), student_only=True),
     need_both=partial(_run_rival, options=lambda c: dict(weights=torch.ones(len(c.y)), need=Need())), **{name: partial(_run_rival, options=options) for name, options in _rivals.items()})
