@@ -48,6 +48,7 @@ METHODS = {  # short name -> label, in the order of tables and figures
     'l2rw': 'learning to reweight',
     'group_dro': 'group DRO',
     'inverse_frequency': 'inverse frequency',
+    'inverse_frequency_train': 'inverse frequency, training set only',
     'effective_number': 'effective number',
     'logit_adjusted': 'logit adjustment',
     'oracle_student': 'oracle, student',

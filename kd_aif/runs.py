@@ -316,7 +316,7 @@ _rivals = dict(
     confident_learning=lambda c: dict(weights=c.pruned(confident_learning(c.probabilities, c.y) == 0)), gce=lambda c: _with_loss(c, GeneralizedCrossEntropy()),
     mwn=lambda c: dict(weights=MetaWeightNet(c.v, seed=c.task.seed)), l2rw=lambda c: dict(weights=LearningToReweight(c.v, seed=c.task.seed)),
     group_dro=lambda c: dict(weights=GroupDRO(c.n_classes)), logit_adjusted=lambda c: _with_loss(c, LogitAdjusted(c.counts)),
-    inverse_frequency=lambda c: _by_class(c.class_weights(inverse_frequency)), effective_number=lambda c: _by_class(c.class_weights(effective_number_weights)))
+    inverse_frequency=lambda c: _by_class(c.class_weights(inverse_frequency)), inverse_frequency_train=lambda c: dict(weights=inverse_frequency(c.y, c.n_classes)), effective_number=lambda c: _by_class(c.class_weights(effective_number_weights)))
 
 _aif = dict(kd_aif={}, quality=dict(need=None), small_loss_calibrated=dict(score='loss', need=None), sigmoid=dict(beta=1., score=None, need=None))
 
