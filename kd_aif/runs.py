@@ -150,7 +150,7 @@ def _code_fingerprint(*modules):
     "Hash of modules of this package: what they computed before they were changed is not taken for what they compute now"
     return hashlib.sha256(b''.join((Path(kd_aif.__file__).parent/f'{m}.py').read_bytes() for m in modules)).hexdigest()[:16]
 
-_TRAINING_CODE = 'core', 'data', 'models', 'losses', 'distill' # the modules that decide how a model is trained
+_TRAINING_CODE = 'core', 'data', 'architectures', 'models', 'losses', 'distill' # the modules that decide how a model is trained
 
 # %% ../nbs/13b_runs.ipynb #13b-runs-015
 def trained_teacher(
