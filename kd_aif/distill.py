@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MECHANISMS', 'MixedBatches', 'set_epoch', 'check_batches', 'count_classes', 'evaluate', 'sgd', 'Step',
-           'autocast_forward', 'OneShot', 'Every', 'Online', 'Run', 'distill', 'SubsetBatches', 'out_of_fold_weights']
+           'autocast_forward', 'default_outputs', 'Extra', 'OneShot', 'Every', 'Online', 'Run', 'distill',
+           'SubsetBatches', 'out_of_fold_weights']
 
 # %% ../nbs/09_distill.ipynb #09-distill-002
 import warnings
@@ -19,7 +20,7 @@ from .curvature import batch_rows, sample_batches
 from .influence import (SCORES, CrossScores, InfluenceScores, LastLayerGaussNewton, cross_scores, influence_scores, last_layer_solver, last_layer_view,
     stratified_folds)
 from .losses import batch_cross_entropy, kd_loss, weighted_mean
-from .models import default_forward, features_and_logits, last_linear
+from .models import default_forward, feature_maps, features_and_logits, last_linear
 from .need import ClassNeeds, Need
 from .solvers import CG
 from .weights import CalibratedWeights, Replace, SampleWeights, conformal_intervals, effective_count, effective_sample_size, weights_from_influence, weights_from_intervals
@@ -195,9 +196,10 @@ def sgd(
 
 # %% ../nbs/09_distill.ipynb #09-distill-021
 class _Learner:
-    "A model with its optimiser and one-cycle learning rate"
-    def __init__(self, model, make_optimizer, lr, steps):
-        self.model, self.optimizer = model, make_optimizer([p for p in model.parameters() if p.requires_grad], lr)
+    "A model with its optimiser and one-cycle learning rate; parameters that its loss has train along"
+    def __init__(self, model, make_optimizer, lr, steps, loss=None):
+        parameters = [*model.parameters(), *(loss.parameters() if isinstance(loss, nn.Module) else [])]
+        self.model, self.optimizer = model, make_optimizer([p for p in parameters if p.requires_grad], lr)
         momentum = any(k in self.optimizer.defaults for k in ('momentum', 'betas'))
         warmup = .2 if steps != 5 else .3 # PyTorch divides by 0.2·5 − 1
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, total_steps=max(2, steps), pct_start=warmup, cycle_momentum=momentum)
@@ -205,8 +207,8 @@ class _Learner:
     def learn(self, batch, loss, weights, forward, epoch, epochs):
         "One step under the weights; returns logits and losses"
         self.model.train()
-        logits = forward(self.model, batch)
-        losses = loss(logits, batch)
+        outputs = forward(self.model, batch)
+        logits, losses = outputs[-1] if isinstance(outputs, list) else outputs, loss(outputs, batch)
         w = weights(Step(self.model, batch, logits, losses, loss, forward, self.schedule.get_last_lr()[0], epoch, epochs))
         self.optimizer.zero_grad(set_to_none=True); weighted_mean(losses, w).backward(); self.optimizer.step()
         if self.schedule.last_epoch + 1 < self.schedule.total_steps: self.schedule.step()
@@ -221,7 +223,7 @@ class Step:
     logits:Tensor # (b, C) float32, with graph
     losses:Tensor # (b,) loss of each sample, with graph
     loss:Callable # loss(logits, batch) -> (b,): how `losses` were made, for this batch only
-    forward:Callable # forward(model, batch) -> logits
+    forward:Callable # forward(model, batch) -> logits; with an `Extra` its list of outputs, which `loss` then takes
     lr:float # learning rate of this step
     epoch:int # number of the epoch, from 0
     epochs:int # how many there are
@@ -261,23 +263,44 @@ def autocast_forward(
     forward:Callable, # forward(model, batch) -> logits
     dtype:torch.dtype|None # such as torch.bfloat16; None changes nothing
 )->Callable: # forward(model, batch) -> logits, float32
-    "The same forward pass in lower precision; what is computed from the logits is not"
+    "The same forward pass in lower precision, also one that gives a list; what is computed from the logits is not"
     if dtype is None: return forward
     def lower(model, batch):
-        with torch.autocast(_device(model).type, dtype): return forward(model, batch).float()
+        with torch.autocast(_device(model).type, dtype): found = forward(model, batch)
+        return [o.float() for o in found] if isinstance(found, list) else found.float()
     return lower
 
-def _sample_loss(loss, advice, T, alpha):
-    "loss(logits, batch) -> (b,): alone, or with the teacher's advice for this batch"
+def _sample_loss(loss, advice, T, alpha, extra=None):
+    "loss(logits, batch) -> (b,): alone, or with the teacher's advice for this batch; with `extra` all is lists, logits last"
     if advice is None: return loss
-    return lambda logits, batch: (1 - alpha)*loss(logits, batch) + alpha*kd_loss(logits, advice, T, 'none')
+    if extra is None: return lambda logits, batch: (1 - alpha)*loss(logits, batch) + alpha*kd_loss(logits, advice, T, 'none')
+    own = _sample_loss(loss, advice[-1], T, alpha)
+    return lambda outputs, batch: own(outputs[-1], batch) + extra.weight*extra.loss(outputs, advice, batch)
 
 # %% ../nbs/09_distill.ipynb #09-distill-025
-def _fit(student, teacher, batches, weights, *, epochs, lr, make_optimizer, T, alpha, loss, forward, seed,
+def default_outputs(
+    model:nn.Module, # see `feature_maps`
+    batch:dict # with 'x'
+)->list: # feature maps after stem and stages, the vector in front of the classifier, the logits
+    "All that an `Extra` may look at; raises `ValueError` for a model without known stages"
+    maps, logits = feature_maps(model, batch['x'])
+    return [*maps, logits]
+
+@dataclass(frozen=True, eq=False)
+class Extra:
+    "One more term of the student's loss"
+    loss:Callable # loss(student_outputs, teacher_outputs, batch) -> (b,); if it is a module, its parameters train along with the student
+    weight:float = 1. # what it is multiplied with, above 0
+    outputs:Callable = default_outputs # outputs(model, batch) -> list of tensors, the logits last
+    def __post_init__(self): check_positive('weight', self.weight)
+
+# %% ../nbs/09_distill.ipynb #064f1e47
+def _fit(student, teacher, batches, weights, *, epochs, lr, make_optimizer, T, alpha, loss, forward, seed, extra=None,
          teacher_learns=False, before_epoch=lambda epoch, model: None, progress=True, title='student'):
     "Train the student (and the teacher along with it, if it learns) under the weights; returns a list of one dict per epoch"
     steps, device, history = epochs*_steps(batches), _device(student), []
-    learner, mentor = _Learner(student, make_optimizer, lr, steps), _Learner(teacher, make_optimizer, lr, steps) if teacher_learns else None
+    learner, mentor = _Learner(student, make_optimizer, lr, steps, extra and extra.loss), _Learner(teacher, make_optimizer, lr, steps) if teacher_learns else None
+    look = extra.outputs if extra else forward
     bar = tqdm(range(epochs), desc=title, **bar_options(progress))
     with torch.random.fork_rng(): # dropout and the like
         torch.manual_seed(seed)
@@ -289,8 +312,8 @@ def _fit(student, teacher, batches, weights, *, epochs, lr, make_optimizer, T, a
                 if teacher_learns: mentor.learn(batch, loss, weights, forward, epoch, epochs)
                 if teacher is not None:
                     teacher.eval()
-                    with torch.no_grad(): advice = forward(teacher, batch)
-                logits, losses = learner.learn(batch, _sample_loss(loss, advice, T, alpha), weights, forward, epoch, epochs)
+                    with torch.no_grad(): advice = look(teacher, batch)
+                logits, losses = learner.learn(batch, _sample_loss(loss, advice, T, alpha, extra), weights, look, epoch, epochs)
                 total, right, n = total + losses.sum(), right + (logits.argmax(1) == batch['y']).sum(), n + len(logits)
             history.append(dict(epoch=epoch, phase=title, loss=float(total)/n, accuracy=float(right)/n))
             if not torch.isfinite(torch.tensor(history[-1]['loss'])):
@@ -451,6 +474,7 @@ def distill(
     T:float=4., # temperature, above 0
     alpha:float=.9, # weight of the distillation term, in [0, 1]
     loss:Callable=batch_cross_entropy, # loss(logits, batch) -> (b,): of the given labels
+    extra:Extra|None=None, # one more term of the student's loss, of feature maps or logits; scores and class weights do not look at it
     beta:float|str='calibrated', # 'calibrated', or the strength of `transform`
     transform:str='sigmoid', # form of the weights when beta is a number
     score:str|None=None, # what is scored; default 'local+loss' when calibrated, 'mean' (published) otherwise
@@ -467,7 +491,7 @@ def distill(
     Raises `ValueError`/`TypeError` before any training for bad data, mismatched classes, settings out of range or weights of the wrong length."""
     config = dict(mechanism=mechanism, schedule=schedule, train_on_val=train_on_val, epochs=epochs, lr=lr, T=T, alpha=alpha, beta=beta, transform=transform,
         score=score or ('local+loss' if beta == 'calibrated' else 'mean'), update=update, folds=folds, solver=solver, last_layer=last_layer,
-        need=(Need() if mechanism and beta == 'calibrated' else None) if need == 'auto' else need, loss=loss, autocast=autocast, seed=seed)
+        need=(Need() if mechanism and beta == 'calibrated' else None) if need == 'auto' else need, loss=loss, extra=extra, autocast=autocast, seed=seed)
     index, held_out, val_index, val_y = _check_settings(student, teacher, train, val, test, weights, make_teacher, forward, config)
     joined = train_on_val and (mechanism or weights is not None)
     table, clock, found, history = SampleWeights(len(index), transform, beta, update, good_labels=val_y if joined else None), Stopwatch(), [], []
@@ -516,7 +540,8 @@ def distill(
         refresh() # once more, by the finished teacher
     if needs and teacher is not None and not together:
         with clock('need'): needs.advise(teacher)
-    train_it('student', student, teacher, teacher_learns=together, before_epoch=before_epoch)
+    if extra: extra = replace(extra, outputs=autocast_forward(extra.outputs, autocast))
+    train_it('student', student, teacher, teacher_learns=together, before_epoch=before_epoch, extra=extra)
     if rule is not lookup and not callable(weights): table.every = lookup.by_sample()
     metrics = _metrics(student, teacher, val, test, table, lookup, forward)
     return Run(mechanism, metrics, history, table.values, table.every[table.n:], lookup.need if lookup.need is None else lookup.need.cpu(), index, found[-1] if found else None, table.calibration, clock.seconds, config, student, teacher)
@@ -550,6 +575,15 @@ def _check_schedule(teacher, weights, make_teacher, config):
         warnings.warn("train_on_val=False with calibrated weights: the model in training sees the training samples but not the validation samples, so wrong labels look better than they are")
 
 # %% ../nbs/09_distill.ipynb #09-distill-038
+def _check_extra(extra, student, teacher, batch):
+    "It needs a teacher, gives one value per sample, and both models have the outputs that it looks at"
+    if not isinstance(extra, Extra): raise TypeError(f"extra is a {type(extra).__name__}; give Extra(loss, weight), with loss(student_outputs, teacher_outputs, batch) -> (b,)")
+    if teacher is None: raise ValueError("extra: a term that compares student and teacher, but teacher is None; give a teacher, or leave it out")
+    with evaluating(student, teacher), torch.no_grad(): ours, theirs = (extra.outputs(m, to_device(batch, _device(m))) for m in (student, teacher))
+    for name, found in (('student', ours), ('teacher', theirs)):
+        if not isinstance(found, list) or found[-1].ndim != 2: raise ValueError(f"extra: outputs of the {name} are a {type(found).__name__}; give a list of tensors, the logits (b, C) last")
+
+# %% ../nbs/09_distill.ipynb #9d67ef2a
 def _check_settings(student, teacher, train, val, test, weights, make_teacher, forward, config):
     "Everything that can be known to be wrong before training; returns index and held-out mark of the samples in train, index and labels of those in val"
     check_fraction('alpha', config['alpha']); check_positive('T', config['T']); check_positive('lr', config['lr']); _check_epochs(epochs=(config['epochs'], 1))
@@ -559,6 +593,7 @@ def _check_settings(student, teacher, train, val, test, weights, make_teacher, f
     if not isinstance(first, dict): raise TypeError(f"train: batches are {type(first).__name__}; yield a dict with 'x', 'y' and 'index'")
     c = count_classes(student, first, forward)
     if teacher is not None: _check_teacher(teacher, student, first, forward)
+    if config['extra']: _check_extra(config['extra'], student, teacher, first)
     if (mechanism or weights is not None and config['train_on_val']) and 'held_out' in first:
         raise ValueError("train holds validation samples (MixedBatches), which must not be scored as training samples; "
             "give train and val apart, train_on_val joins them")

@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError
 import pytest, torch
 from torch import nn
 from kd_aif.core import generator
-from kd_aif.distill import Every, MixedBatches, Online, OneShot, Run, Step, check_batches, count_classes, distill, evaluate
+from kd_aif.distill import Every, Extra, MixedBatches, Online, OneShot, Run, Step, check_batches, count_classes, distill, evaluate
 from kd_aif.influence import CrossScores, InfluenceScores
 from kd_aif.losses import batch_cross_entropy, distill_loss
 from kd_aif.need import Need
@@ -481,3 +481,55 @@ def test_class_weights_multiply_and_validation_samples_have_them_too(trained):
     counts = torch.bincount(torch.cat([train_data['y'], val_data['y']]), minlength=C)
     assert torch.isclose((run.need*counts).sum()/counts.sum(), torch.tensor(1.))
     assert distill(model(1), trained, train, val, mechanism='student', beta=1., **settings).need is None, 'the published form has none'
+
+
+# One more term
+
+def outputs(model, batch):
+    "What `Pairs` has to show: its hidden layer and the logits"
+    hidden = model.norm(torch.relu(model.left(batch['wide']) + model.right(batch['narrow'])))
+    return [hidden, model.head(model.drop(hidden))]
+
+class Hint(nn.Module):
+    "Squared distance of the hidden layers, after a learnt map"
+    def __init__(self): super().__init__(); self.map = nn.Linear(8, 16)
+    def forward(self, student, teacher, batch): return (self.map(student[0]) - teacher[0]).square().mean(1)
+
+def test_the_distillation_term_as_an_extra_is_plain_distillation(teacher):
+    def half(logits, batch): return .5*batch_cross_entropy(logits, batch)
+    term = Extra(lambda s, t, b: distill_loss(s[-1], t[-1], b['y'], 4., 1., 'none'), .5, outputs)
+    plainly = distill(model(1), teacher, train, val, **settings)
+    other = distill(model(1), teacher, train, val, loss=half, extra=term, **settings | dict(alpha=0.))
+    for p, q in zip(plainly.student.parameters(), other.student.parameters()): assert torch.allclose(p, q, atol=1e-5)
+
+def test_parameters_of_an_extra_train_along_and_it_falls(teacher):
+    hint = Hint()
+    before, student = state(hint), model(1)
+    def distance(): return float(torch.cat([hint(outputs(student, b), outputs(teacher, b), b) for b in train]).mean().detach())
+    student.eval(); first = distance()
+    distill(student, teacher, train, val, extra=Extra(hint, 10., outputs), **settings | dict(epochs=10))
+    assert not equal(before, state(hint)) and distance() < .7*first
+
+def test_an_extra_is_weighed_like_every_other_loss(teacher):
+    "What has no weight has no pull, through the extra either"
+    def pull(sign): return Extra(lambda s, t, b: torch.where(wrong_index(b), sign, 1.)*(s[0] - t[0][:, :8]).square().mean(1), 5., outputs)
+    def wrong_index(b): return torch.isin(b['index'], train_data['index'][wrong]) & ~b['held_out']
+    runs = [distill(model(1), teacher, train, val, weights=(~wrong).float(), extra=pull(sign), **settings) for sign in (1., -1.)]
+    assert equal(state(runs[0].student), state(runs[1].student))
+    assert not equal(state(runs[0].student), state(distill(model(1), teacher, train, val, weights=(~wrong).float(), **settings).student))
+
+@pytest.mark.parametrize('mechanism', ['student', 'both'])
+def test_mechanisms_take_an_extra(teacher, mechanism):
+    run = distill(model(1), teacher, train, val, mechanism=mechanism, extra=Extra(Hint(), 1., outputs), test=test, **settings)
+    assert run.weights[~wrong].mean() > 2*run.weights[wrong].mean()
+
+@pytest.mark.parametrize('kwargs, error, message', [(dict(extra=Hint()), TypeError, 'extra is a Hint; give Extra'), (dict(extra=Extra(Hint(), outputs=forward)), ValueError, 'outputs of the student are a Tensor'),
+    (dict(extra=Extra(Hint())), KeyError, 'x')], ids=['no Extra', 'no list', 'unknown model'])
+def test_unfit_extras_are_named_before_training(teacher, kwargs, error, message):
+    student = model(1); before = state(student)
+    with pytest.raises(error, match=message): distill(student, teacher, train, val, **settings, **kwargs)
+    assert equal(before, state(student))
+
+def test_an_extra_needs_a_teacher_and_a_weight():
+    with pytest.raises(ValueError, match='teacher is None'): distill(model(1), None, train, val, extra=Extra(Hint(), 1., outputs), **settings)
+    with pytest.raises(ValueError, match='weight'): Extra(Hint(), 0.)
