@@ -5,7 +5,9 @@ import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 from torch import nn
-from kd_aif.data import ImageBatches, load_images
+from kd_aif.core import generator
+from kd_aif.data import ImageBatches, hold_out, load_images, subset
+from kd_aif.distill import Extra, default_outputs, distill
 from kd_aif.feature_losses import (BETA, CRD, OFD, VID, FactorTransfer, FitNet, at_loss, cc_loss, dist_loss, dkd_loss, make_feature_loss, nst_loss, pkt_loss, rkd_loss, same_size, sp_loss,
     spherical_kd_loss)
 from kd_aif.losses import kd_loss, weighted_mean
@@ -427,3 +429,22 @@ def test_faults_name_the_argument(fault):
 def test_a_batch_without_labels():
     loss, student, teacher, _ = example('dkd')
     with pytest.raises(KeyError, match='y'): loss(student, teacher, {})
+
+
+# In the training loop
+
+@pytest.mark.parametrize('name', BETA)
+def test_every_loss_trains_in_the_loop_under_weights(name):
+    "As an `Extra` of `distill`: all stays finite, and its parameters train along"
+    digits = subset(load_images('digits'), 220, 0)
+    train_set, val_set = hold_out(digits, 60, seed=0)
+    train, val = (ImageBatches(d, 32, seed=0) for d in (train_set, val_set))
+    student, teacher = build_model('cnn4', 10, 1, seed=1), build_model('cnn8', 10, 1, seed=0)
+    first = next(iter(train.plain()))
+    loss = make_feature_loss(name, default_outputs(student, first), default_outputs(teacher, first), n_samples=2000, seed=0)
+    before = [p.clone() for p in loss.parameters() if p.requires_grad]
+    w = torch.rand(len(train_set), generator=generator(0)) + .5
+    run = distill(student, teacher, train, val, weights=w, extra=Extra(loss, BETA[name]), epochs=2, lr=.01, progress=False)
+    assert all(torch.isfinite(p).all() for p in student.parameters()) and len(run.history) == 2
+    after = [p for p in loss.parameters() if p.requires_grad]
+    assert not before or any(not torch.equal(a, b) for a, b in zip(before, after))
