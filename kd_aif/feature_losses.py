@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['BETA', 'dkd_loss', 'dist_loss', 'spherical_kd_loss', 'same_size', 'at_loss', 'nst_loss', 'sp_loss', 'cc_loss',
-           'pkt_loss', 'rkd_loss', 'FitNet', 'VID', 'FactorTransfer', 'OFD', 'CRD', 'FeatureLoss', 'make_feature_loss']
+           'pkt_loss', 'rkd_loss', 'FitNet', 'VID', 'FactorTransfer', 'OFD', 'CRD', 'FeatureLoss', 'make_feature_loss',
+           'pretrain']
 
 # %% ../nbs/10b_feature_losses.ipynb #10b-feature-losses-002
 import math
+from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .core import check_fraction, check_positive, generator
+from .core import check_fraction, check_positive, evaluating, generator, to_device
 from .losses import _check_logits
 
 # %% ../nbs/10b_feature_losses.ipynb #10b-feature-losses-008
@@ -441,3 +443,24 @@ def make_feature_loss(
         torch.manual_seed(generator(seed, 'feature loss', name).initial_seed())
         losses = [made(i) if isinstance(loss, type) else loss for i in places]
     return FeatureLoss(places, losses, keys, [2.**(i - places[-1]) for i in places] if loss is OFD else None).to(student_maps[0].device)
+
+# %% ../nbs/10b_feature_losses.ipynb #a0571002
+def pretrain(
+    loss:FeatureLoss, # trained in place, where it `needs_pretraining`; others are left as they are
+    teacher:nn.Module, # in eval mode
+    batches, # re-iterable batches
+    outputs:Callable, # outputs(model, batch) -> [stem, stage 1, ..., pooled, logits], such as `default_outputs` of [09_distill](09_distill.ipynb)
+    epochs:int=5, # passes over the batches
+    lr:float=1e-3 # learning rate of Adam
+)->list: # mean loss of each epoch; empty where there is nothing to train
+    "Train what a loss has to learn from the teacher before the student starts: the paraphraser of `FactorTransfer`. Kim et al. (2018), section 3.1"
+    if not loss.needs_pretraining: return []
+    optimiser, found = torch.optim.Adam([p for p in loss.parameters() if p.requires_grad], lr), []
+    for _ in range(epochs):
+        values = []
+        for batch in batches:
+            with evaluating(teacher), torch.no_grad(): maps = outputs(teacher, to_device(batch, next(teacher.parameters()).device))
+            value = loss.pretrain_loss(maps).mean()
+            optimiser.zero_grad(); value.backward(); optimiser.step(); values.append(value.item())
+        found.append(sum(values)/len(values))
+    return found

@@ -18,7 +18,8 @@ from .baselines import (GeneralizedCrossEntropy, GroupDRO, LearningToReweight, L
     inverse_frequency, oracle_weights, out_of_fold_probabilities, random_weights_like, self_influence_cross, small_loss_weights)
 from .core import Stopwatch, atomic_write, cache_dir, check_fraction, check_positive, default_device, evaluating
 from .data import DATASETS, ImageBatches, asymmetric_noise, augmentation_for, corrupt, hold_out, instance_noise, load_images, long_tail, subset, symmetric_noise
-from .distill import Every, MixedBatches, Online, distill
+from .distill import Every, Extra, MixedBatches, Online, default_outputs, distill
+from .feature_losses import BETA, make_feature_loss, pretrain
 from .influence import SCORES, cross_scores
 from .losses import batch_cross_entropy
 from .models import build_model, load_model, save_model
@@ -306,6 +307,17 @@ def _run_rival(c, options, student_only=False):
     run = distill(c.model('student'), teacher, c.t, c.v, test=c.test, **options(c), **c.settings)
     return run, dict(teacher=spent, **c.clock.seconds, **run.seconds)
 
+def _run_feature(c, name, mechanism=None):
+    "Cross-entropy plus a published loss of features or logits, under the control's teacher; with a mechanism also under weights"
+    teacher, spent = c.shared_teacher()
+    student, first = c.model('student'), next(iter(c.t.plain()))
+    with torch.no_grad(): examples = [default_outputs(m, first) for m in (student, teacher)]
+    loss = make_feature_loss(name, *examples, n_samples=1 + int(torch.cat([c.train.index, c.val.index]).max()), seed=c.task.seed)
+    with c.clock('preparation'): pretrain(loss, teacher, MixedBatches(c.t, c.v, c.task.seed), default_outputs)
+    data = MixedBatches(c.t, c.v, c.task.seed) if mechanism is None else c.t
+    run = distill(student, teacher, data, c.v, mechanism=mechanism, extra=Extra(loss, BETA[name]), test=c.test, **c.settings | dict(alpha=0.))
+    return run, dict(teacher=spent, **c.clock.seconds, **run.seconds)
+
 def _by_class(v): return dict(weights=lambda step: v.to(step.losses)[step.batch['y']])
 def _with_loss(c, loss): return dict(weights=torch.ones(len(c.y)), loss=loss)
 
@@ -324,5 +336,6 @@ RUNNERS = dict(ce=partial(_run_plain, teacher=False), kd=_run_plain, kd_val=part
     **{f'{name}_{m}': partial(_run_aif, mechanism=m, **changes) for name, changes in _aif.items() for m in ('student', 'both')},
     kd_aif_goes_on=partial(_run_aif, mechanism='both', make_teacher=None), kd_val_goes_on=_run_longer, kd_aif_together=partial(_run_together, schedule=Every(2, 3, ahead=True)), published=partial(_run_together, schedule=Every(1, 2), beta=1.), online=partial(_run_together, schedule=Online(2), beta=1.),
     **{f'{name}_student': partial(_run_rival, options=options, student_only=True) for name, options in _rivals.items() if name in ('oracle', 'random', 'val_alone')},
+    **{name: partial(_run_feature, name=name) for name in BETA}, **{f'{name}_aif': partial(_run_feature, name=name, mechanism='student') for name in BETA},
     need_student=partial(_run_rival, options=lambda c: dict(weights=torch.ones(len(c.y)), need=Need()), student_only=True),
     need_both=partial(_run_rival, options=lambda c: dict(weights=torch.ones(len(c.y)), need=Need())), **{name: partial(_run_rival, options=options) for name, options in _rivals.items()})
