@@ -311,7 +311,7 @@ def _run_feature(c, name, mechanism=None):
     "Cross-entropy plus a published loss of features or logits, under the control's teacher; with a mechanism also under weights"
     teacher, spent = c.shared_teacher()
     student, first = c.model('student'), next(iter(c.t.plain()))
-    with torch.no_grad(): examples = [default_outputs(m, first) for m in (student, teacher)]
+    with torch.no_grad(), evaluating(student, teacher): examples = [default_outputs(m, first) for m in (student, teacher)]
     loss = make_feature_loss(name, *examples, n_samples=1 + int(torch.cat([c.train.index, c.val.index]).max()), seed=c.task.seed)
     with c.clock('preparation'): pretrain(loss, teacher, MixedBatches(c.t, c.v, c.task.seed), default_outputs)
     data = MixedBatches(c.t, c.v, c.task.seed) if mechanism is None else c.t
