@@ -272,10 +272,10 @@ def autocast_forward(
 
 def _sample_loss(loss, advice, T, alpha, extra=None):
     "loss(logits, batch) -> (b,): alone, or with the teacher's advice for this batch; with `extra` all is lists, logits last"
-    if advice is None: return loss
-    if extra is None: return lambda logits, batch: (1 - alpha)*loss(logits, batch) + alpha*kd_loss(logits, advice, T, 'none')
-    own = _sample_loss(loss, advice[-1], T, alpha)
-    return lambda outputs, batch: own(outputs[-1], batch) + extra.weight*extra.loss(outputs, advice, batch)
+    if extra:
+        own = _sample_loss(loss, None if advice is None else advice[-1], T, alpha)
+        return lambda outputs, batch: own(outputs[-1], batch) + extra.weight*extra.loss(outputs, advice, batch)
+    return loss if advice is None else lambda logits, batch: (1 - alpha)*loss(logits, batch) + alpha*kd_loss(logits, advice, T, 'none')
 
 # %% ../nbs/09_distill.ipynb #09-distill-025
 def default_outputs(
@@ -289,7 +289,7 @@ def default_outputs(
 @dataclass(frozen=True, eq=False)
 class Extra:
     "One more term of the student's loss"
-    loss:Callable # loss(student_outputs, teacher_outputs, batch) -> (b,); if it is a module, its parameters train along with the student
+    loss:Callable # loss(student_outputs, teacher_outputs, batch) -> (b,), teacher_outputs None without a teacher; if it is a module, its parameters train along with the student
     weight:float = 1. # what it is multiplied with, above 0
     outputs:Callable = default_outputs # outputs(model, batch) -> list of tensors, the logits last
     def __post_init__(self): check_positive('weight', self.weight)
@@ -457,7 +457,7 @@ MECHANISMS = (None, 'student', 'both')
 
 def distill(
     student:nn.Module, # trained in place
-    teacher:nn.Module|None, # trained on train and val (`MixedBatches`) or on neither; with 'both' and `Every` it trains along; None: cross-entropy alone
+    teacher:nn.Module|None, # trained on train and val (`MixedBatches`) or on neither; with 'both' and `Every` it trains along; None: cross-entropy, and `extra` if there is one
     train:Iterable[dict], # re-iterable batches: dicts with 'index', 'y' and what the models need ('x')
     val:Iterable[dict], # re-iterable batches of held-out samples whose labels are good, from the same source as train
     *,
@@ -576,12 +576,24 @@ def _check_schedule(teacher, weights, make_teacher, config):
 
 # %% ../nbs/09_distill.ipynb #09-distill-038
 def _check_extra(extra, student, teacher, batch):
-    "It needs a teacher, gives one value per sample, and both models have the outputs that it looks at"
+    "The models have the outputs that it looks at, and it makes one value per sample of them, without a teacher if there is none"
     if not isinstance(extra, Extra): raise TypeError(f"extra is a {type(extra).__name__}; give Extra(loss, weight), with loss(student_outputs, teacher_outputs, batch) -> (b,)")
-    if teacher is None: raise ValueError("extra: a term that compares student and teacher, but teacher is None; give a teacher, or leave it out")
-    with evaluating(student, teacher), torch.no_grad(): ours, theirs = (extra.outputs(m, to_device(batch, _device(m))) for m in (student, teacher))
-    for name, found in (('student', ours), ('teacher', theirs)):
+    _check_batch('train', batch)
+    batch = to_device({'held_out': torch.zeros_like(batch['index'], dtype=torch.bool), **batch}, _device(student))
+    with evaluating(student, teacher), torch.no_grad(): outputs = [None if m is None else extra.outputs(m, batch) for m in (student, teacher)]
+    for name, found in zip(('student', 'teacher'), outputs[:1 if teacher is None else 2]):
         if not isinstance(found, list) or found[-1].ndim != 2: raise ValueError(f"extra: outputs of the {name} are a {type(found).__name__}; give a list of tensors, the logits (b, C) last")
+    values = _extra_values(extra.loss, *outputs, batch)
+    if not isinstance(values, Tensor) or values.shape != batch['index'].shape:
+        raise ValueError(f"extra: the loss gives {f'a tensor {tuple(values.shape)}' if isinstance(values, Tensor) else f'a {type(values).__name__}'} for {len(batch['index'])} samples; give one value per sample, not their mean")
+
+def _extra_values(loss, ours, theirs, batch):
+    "What it says of one batch, in eval mode, with a clear message if it wants the teacher that is not there"
+    with evaluating(loss if isinstance(loss, nn.Module) else None), torch.no_grad(), torch.random.fork_rng():
+        try: return loss(ours, theirs, batch)
+        except (TypeError, AttributeError) as e:
+            if theirs is not None: raise
+            raise ValueError(f"extra: teacher is None, and the loss does not do without its outputs ({e}); give a teacher, or leave it out") from e
 
 # %% ../nbs/09_distill.ipynb #9d67ef2a
 def _check_settings(student, teacher, train, val, test, weights, make_teacher, forward, config):

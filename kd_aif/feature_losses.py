@@ -421,6 +421,7 @@ class FeatureLoss(nn.Module):
 def _check_maps(student_maps, teacher_maps):
     "Two lists of stem, at least one stage, pooled vector and logits"
     for name, maps in (('student_maps', student_maps), ('teacher_maps', teacher_maps)):
+        if maps is None: raise ValueError(f"{name} are None; this loss compares student and teacher: give both")
         if len(maps) < 4 or any(m.ndim != 4 for m in maps[:-2]) or any(m.ndim != 2 for m in maps[-2:]):
             raise ValueError(f"{name} are {[tuple(m.shape) for m in maps]}; give [stem, stage 1, ..., pooled, logits]: maps (b, c, h, w), then two tensors (b, d)")
     if len(student_maps) != len(teacher_maps): raise ValueError(f"student_maps are {len(student_maps)} and teacher_maps {len(teacher_maps)}; leave out stages until both have as many")

@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError
 import pytest, torch
 from torch import nn
 from kd_aif.core import generator
-from kd_aif.distill import Every, Extra, MixedBatches, Online, OneShot, Run, Step, check_batches, count_classes, distill, evaluate
+from kd_aif.distill import Every, Extra, MixedBatches, Online, OneShot, Run, Step, check_batches, _check_extra, count_classes, distill, evaluate
 from kd_aif.influence import CrossScores, InfluenceScores
 from kd_aif.losses import batch_cross_entropy, distill_loss
 from kd_aif.need import Need
@@ -524,12 +524,50 @@ def test_mechanisms_take_an_extra(teacher, mechanism):
     assert run.weights[~wrong].mean() > 2*run.weights[wrong].mean()
 
 @pytest.mark.parametrize('kwargs, error, message', [(dict(extra=Hint()), TypeError, 'extra is a Hint; give Extra'), (dict(extra=Extra(Hint(), outputs=forward)), ValueError, 'outputs of the student are a Tensor'),
-    (dict(extra=Extra(Hint())), KeyError, 'x')], ids=['no Extra', 'no list', 'unknown model'])
+    (dict(extra=Extra(Hint())), KeyError, 'x'), (dict(extra=Extra(lambda s, t, b: Hint()(s, t, b).mean(), outputs=outputs)), ValueError, 'not their mean'), (dict(extra=Extra(lambda s, t, b: b['nothing'], outputs=outputs)), KeyError, 'nothing')],
+    ids=['no Extra', 'no list', 'unknown model', 'one value', 'what the batch lacks'])
 def test_unfit_extras_are_named_before_training(teacher, kwargs, error, message):
     student = model(1); before = state(student)
     with pytest.raises(error, match=message): distill(student, teacher, train, val, **settings, **kwargs)
     assert equal(before, state(student))
 
-def test_an_extra_needs_a_teacher_and_a_weight():
-    with pytest.raises(ValueError, match='teacher is None'): distill(model(1), None, train, val, extra=Extra(Hint(), 1., outputs), **settings)
+def test_an_extra_that_compares_needs_a_teacher_and_a_weight():
+    student = model(1); before = state(student)
+    with pytest.raises(ValueError, match='teacher is None'): distill(student, None, train, val, extra=Extra(Hint(), 1., outputs), **settings)
     with pytest.raises(ValueError, match='weight'): Extra(Hint(), 0.)
+    assert equal(before, state(student))
+
+def test_an_extra_that_compares_says_a_teacher_is_missing_in_its_own_words():
+    "A `ValueError` of the loss itself passes unchanged"
+    def own_words(s, t, b):
+        if t is None: raise ValueError('teacher_maps are None')
+    with pytest.raises(ValueError, match='^teacher_maps are None'): distill(model(1), None, train, val, extra=Extra(own_words, 1., outputs), **settings)
+
+def test_without_a_teacher_an_extra_gets_none_and_adds_to_cross_entropy():
+    "Three times the cross-entropy of the labels, as a loss or as an extra on top of one third of it"
+    seen = []
+    def twice(s, t, b): seen.append(t); return 2*batch_cross_entropy(s[-1], b)
+    term = distill(model(1), None, train, val, extra=Extra(twice, 1., outputs), **settings)
+    thrice = distill(model(1), None, train, val, loss=lambda logits, b: 3*batch_cross_entropy(logits, b), **settings)
+    assert set(seen) == {None}
+    for p, q in zip(term.student.parameters(), thrice.student.parameters()): assert torch.allclose(p, q, atol=1e-5)
+
+def test_without_a_teacher_an_extra_trains_along_and_is_weighed():
+    class Own(nn.Module):
+        def __init__(self): super().__init__(); self.head = nn.Linear(8, C)
+        def forward(self, s, t, b): return batch_cross_entropy(self.head(s[0]), b)
+    own = Own(); before = state(own)
+    distill(model(1), None, train, val, weights=torch.ones(len(train_data['index'])), extra=Extra(own, 1., outputs), **settings)
+    assert not equal(before, state(own))
+    def pull(sign): return Extra(lambda s, t, b: torch.where(torch.isin(b['index'], train_data['index'][wrong]) & ~b['held_out'], sign, 1.)*s[0].square().mean(1), 5., outputs)
+    runs = [distill(model(1), None, train, val, weights=(~wrong).float(), extra=pull(sign), **settings) for sign in (1., -1.)]
+    assert equal(state(runs[0].student), state(runs[1].student))
+
+def test_the_check_of_an_extra_leaves_no_trace(teacher):
+    "It is looked at in eval mode, with the global generator put back"
+    class Noisy(nn.Module):
+        def __init__(self): super().__init__(); self.norm, self.modes = nn.BatchNorm1d(8), []
+        def forward(self, s, t, b): self.modes.append(self.training); return self.norm(s[0]).mean(1) + torch.rand(len(s[0]))
+    noisy = Noisy(); torch.manual_seed(3); expected = torch.rand(1); torch.manual_seed(3)
+    _check_extra(Extra(noisy, 1., outputs), model(1), teacher, next(iter(train)))
+    assert torch.equal(torch.rand(1), expected) and noisy.modes == [False] and noisy.training and int(noisy.norm.num_batches_tracked) == 0

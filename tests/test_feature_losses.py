@@ -409,6 +409,7 @@ def test_what_is_learnt_is_this_teacher(digits):
 v, m = random(B, 5), random(B, 3, 4, 4)
 FAULTS = {
     'unknown name': (lambda: make_feature_loss('hint', network_maps(0, 2, 8), network_maps(0, 2, 8)), 'name is .hint.'),
+    'no teacher': (lambda: make_feature_loss('at', network_maps(0, 2, 8), network_maps(0, 2, 8))(network_maps(0, 2, 8), None, {}), 'teacher_maps are None'),
     'too few maps': (lambda: make_feature_loss('at', [v, v], [v, v]), 'student_maps are'),
     'a map instead of a vector': (lambda: make_feature_loss('at', [m]*5, [m]*5), 'then two tensors'),
     'other number of stages': (lambda: make_feature_loss('at', network_maps(0, 2, 8), network_maps(0, 2, 8)[1:]), 'leave out stages'),
