@@ -18,12 +18,13 @@ from .baselines import (GeneralizedCrossEntropy, GroupDRO, LearningToReweight, L
     inverse_frequency, oracle_weights, out_of_fold_probabilities, random_weights_like, self_influence_cross, small_loss_weights)
 from .core import Stopwatch, atomic_write, cache_dir, check_fraction, check_positive, default_device, evaluating
 from .data import DATASETS, ImageBatches, asymmetric_noise, augmentation_for, corrupt, hold_out, instance_noise, load_images, long_tail, subset, symmetric_noise
-from .distill import Every, Extra, MixedBatches, Online, default_outputs, distill
+from .distill import Every, Extra, MixedBatches, Online, autocast_forward, default_outputs, distill, evaluate
 from .feature_losses import BETA, make_feature_loss, pretrain
 from .influence import SCORES, cross_scores
 from .losses import batch_cross_entropy
-from .models import build_model, load_model, save_model
+from .models import build_model, default_forward, load_model, save_model
 from .need import Need
+from .online import DeepMutualLearning, DiversePeers, NativeEnsemble, TeacherAdapter, assistant_name, bdkd_loss, distill_in_steps
 from .plots import weight_diagnostics
 from .records import find_record, make_record, save_record
 from .weights import calibrated_weights, joint_weights
@@ -142,10 +143,11 @@ def _loaders(task, train, val):
 
 def _settings(task): return dict(epochs=task.epochs, lr=task.lr, T=task.T, alpha=task.alpha, seed=task.seed, autocast=PRECISIONS[task.precision])
 
-def _new_model(task, role, data):
+def _new_model(task, role, data, number=0):
+    "The untrained teacher, student or assistant; with a `number` another one like it, from other weights"
     h, w = data.x.shape[-2:]
-    name, seed = (task.teacher, task.seed) if role == 'teacher' else (task.student, task.seed + 1000)
-    return build_model(name, data.n_classes, data.x.shape[1], seed=seed, in_features=data.x.shape[1]*h*w).to(data.x.device)
+    name, seed = (task.teacher, 0) if role == 'teacher' else (task.student, 1000) if role == 'student' else (assistant_name(task.teacher, task.student), 2000)
+    return build_model(name, data.n_classes, data.x.shape[1], seed=task.seed + seed + 10_000*number, in_features=data.x.shape[1]*h*w).to(data.x.device)
 
 def _code_fingerprint(*modules):
     "Hash of modules of this package: what they computed before they were changed is not taken for what they compute now"
@@ -175,6 +177,8 @@ def trained_teacher(
     return model, run.seconds['student']
 
 # %% ../nbs/13b_runs.ipynb #13b-runs-017
+_UNTAUGHT = 'ce', 'one', 'okddip' # methods in which no other network than the student's has a part
+
 def run_task(
     task:Task, # what to run
     method:str, # a name in `RUNNERS`: 'ce', 'kd', 'kd_val', 'kd_aif_student', 'kd_aif_both', …
@@ -188,10 +192,10 @@ def run_task(
     "Train one method on one task and record it; a run that has a record is not run again. Raises `ValueError` for an unknown method"
     if method not in RUNNERS: raise ValueError(f"method is {method!r}; use one of {', '.join(RUNNERS)}")
     train, val, test = task_data(task, root, progress)
-    unused = {'dataset', 'tier', 'teacher', 'student', 'seed'} | (set() if method.startswith('kd_aif') else {'beta', 'score'}) | ({'T', 'alpha'} if method == 'ce' else set())
+    unused = {'dataset', 'tier', 'teacher', 'student', 'seed'} | (set() if method.startswith('kd_aif') else {'beta', 'score'}) | ({'T', 'alpha'} if method in (*_UNTAUGHT, 'dml') else set())
     config = {k: v for k, v in dataclasses.asdict(task).items() if k not in unused} # fields of their own, and settings that the method does not use
     fields = dict(experiment=experiment or f'{task.dataset}_noise', tier=task.tier, dataset=describe_data(task, train, val, test), method=method,
-        teacher='' if method == 'ce' else task.teacher, student=task.student, seed=task.seed, config=config)
+        teacher='' if method in _UNTAUGHT else task.teacher, student=task.student, seed=task.seed, config=config)
     known = None if out is None or force else find_record(out, make_record(**fields, metrics={}))
     if known: return known, None
     run, seconds = RUNNERS[method](_Context(task, train, val, test, teachers, progress))
@@ -211,7 +215,8 @@ class _Context:
         self.y, self.n_classes, both = train.y.cpu(), train.n_classes, (train, val)
         self.every_y, self.every_wrong = (torch.cat([getattr(d, k) for d in both]).cpu() for k in ('y', 'wrong')) # of all that trains
         self.counts = torch.bincount(self.every_y, minlength=self.n_classes)
-    def model(self, role): return _new_model(self.task, role, self.train)
+        self.forward = autocast_forward(default_forward, self.settings['autocast'])
+    def model(self, role, number=0): return _new_model(self.task, role, self.train, number)
     def class_weights(self, weigh):
         "(C,) of what `weigh` gives the classes of training + validation samples"
         every = torch.arange(self.n_classes).repeat_interleave(self.counts)
@@ -240,6 +245,9 @@ class _Context:
 
     @cached_property
     def self_influence(self): return self.calibrated(self_influence_cross)
+
+    @cached_property
+    def ramp_up(self): return round(80/300*self.task.epochs*len(MixedBatches(self.t, self.v, self.task.seed))) # steps
 
     @cached_property
     def losses(self):
@@ -307,17 +315,38 @@ def _run_rival(c, options, student_only=False):
     run = distill(c.model('student'), teacher, c.t, c.v, test=c.test, **options(c), **c.settings)
     return run, dict(teacher=spent, **c.clock.seconds, **run.seconds)
 
+def _taught_loss(c, name, teacher, examples):
+    "A published loss by its name, with what it learns of the teacher before the student starts"
+    if name == 'bdkd': return lambda ours, theirs, batch: bdkd_loss(ours[-1], theirs[-1], T=c.task.T)
+    if name == 'pesf': return TeacherAdapter(examples[1], T=c.task.T, seed=c.task.seed)
+    loss = make_feature_loss(name, *examples, n_samples=1 + int(torch.cat([c.train.index, c.val.index]).max()), seed=c.task.seed)
+    with c.clock('preparation'): pretrain(loss, teacher, MixedBatches(c.t, c.v, c.task.seed), default_outputs)
+    return loss
+
 def _run_feature(c, name, mechanism=None):
     "Cross-entropy plus a published loss of features or logits, under the control's teacher; with a mechanism also under weights"
     teacher, spent = c.shared_teacher()
     student, first = c.model('student'), next(iter(c.t.plain()))
     with torch.no_grad(), evaluating(student, teacher): examples = [default_outputs(m, first) for m in (student, teacher)]
-    loss = make_feature_loss(name, *examples, n_samples=1 + int(torch.cat([c.train.index, c.val.index]).max()), seed=c.task.seed)
-    with c.clock('preparation'): pretrain(loss, teacher, MixedBatches(c.t, c.v, c.task.seed), default_outputs)
-    data = MixedBatches(c.t, c.v, c.task.seed) if mechanism is None else c.t
-    run = distill(student, teacher, data, c.v, mechanism=mechanism, extra=Extra(loss, BETA[name]), test=c.test, **c.settings | dict(alpha=0.))
+    loss, data = _taught_loss(c, name, teacher, examples), MixedBatches(c.t, c.v, c.task.seed) if mechanism is None else c.t
+    run = distill(student, teacher, data, c.v, mechanism=mechanism, extra=Extra(loss, BETA.get(name, 1.)), test=c.test, **c.settings | dict(alpha=0.))
     return run, dict(teacher=spent, **c.clock.seconds, **run.seconds)
 
+def _run_assistant(c):
+    "The control's teacher teaches an assistant, and that the student"
+    assistant, (teacher, spent) = c.model('assistant'), c.shared_teacher() # in this order: a pair without an assistant is found before anything is trained
+    first, run = distill_in_steps([teacher, assistant, c.model('student')], MixedBatches(c.t, c.v, c.task.seed), c.v, c.test, **c.settings)
+    accuracies = dict(assistant_test_accuracy=run.metrics['teacher_test_accuracy'], teacher_test_accuracy=evaluate(teacher, c.test)['accuracy'])
+    return dataclasses.replace(run, metrics=run.metrics | accuracies), dict(teacher=spent, assistant=first.seconds['student'], **run.seconds)
+
+def _run_online(c, make):
+    "Cross-entropy, and what `make(c, outputs)` adds: networks that train along"
+    student = c.model('student')
+    with torch.no_grad(), evaluating(student): loss = make(c, default_outputs(student, next(iter(c.t.plain()))))
+    run = distill(student, None, MixedBatches(c.t, c.v, c.task.seed), c.v, extra=Extra(loss), test=c.test, **c.settings)
+    return run, run.seconds
+
+def _with_branches(kind, n): return lambda c, ours: kind([c.model('student', k + 1) for k in range(n)], ours, ramp_up=c.ramp_up, forward=c.forward, seed=c.task.seed)
 def _by_class(v): return dict(weights=lambda step: v.to(step.losses)[step.batch['y']])
 def _with_loss(c, loss): return dict(weights=torch.ones(len(c.y)), loss=loss)
 
@@ -330,12 +359,15 @@ _rivals = dict(
     group_dro=lambda c: dict(weights=GroupDRO(c.n_classes)), logit_adjusted=lambda c: _with_loss(c, LogitAdjusted(c.counts)),
     inverse_frequency=lambda c: _by_class(c.class_weights(inverse_frequency)), inverse_frequency_train=lambda c: dict(weights=inverse_frequency(c.y, c.n_classes)), effective_number=lambda c: _by_class(c.class_weights(effective_number_weights)))
 
+_online = dict(dml=lambda c, ours: DeepMutualLearning([c.model('teacher')], forward=c.forward), one=_with_branches(NativeEnsemble, 2), okddip=_with_branches(DiversePeers, 3))
+
 _aif = dict(kd_aif={}, quality=dict(need=None), small_loss_calibrated=dict(score='loss', need=None), sigmoid=dict(beta=1., score=None, need=None))
 
 RUNNERS = dict(ce=partial(_run_plain, teacher=False), kd=_run_plain, kd_val=partial(_run_plain, with_val=True),
     **{f'{name}_{m}': partial(_run_aif, mechanism=m, **changes) for name, changes in _aif.items() for m in ('student', 'both')},
     kd_aif_goes_on=partial(_run_aif, mechanism='both', make_teacher=None), kd_val_goes_on=_run_longer, kd_aif_together=partial(_run_together, schedule=Every(2, 3, ahead=True)), published=partial(_run_together, schedule=Every(1, 2), beta=1.), online=partial(_run_together, schedule=Online(2), beta=1.),
     **{f'{name}_student': partial(_run_rival, options=options, student_only=True) for name, options in _rivals.items() if name in ('oracle', 'random', 'val_alone')},
-    **{name: partial(_run_feature, name=name) for name in BETA}, **{f'{name}_aif': partial(_run_feature, name=name, mechanism='student') for name in BETA},
+    **{name: partial(_run_feature, name=name) for name in (*BETA, 'bdkd', 'pesf')}, **{f'{name}_aif': partial(_run_feature, name=name, mechanism='student') for name in (*BETA, 'bdkd', 'pesf')},
+    takd=_run_assistant, **{name: partial(_run_online, make=make) for name, make in _online.items()},
     need_student=partial(_run_rival, options=lambda c: dict(weights=torch.ones(len(c.y)), need=Need()), student_only=True),
     need_both=partial(_run_rival, options=lambda c: dict(weights=torch.ones(len(c.y)), need=Need())), **{name: partial(_run_rival, options=options) for name, options in _rivals.items()})

@@ -13,12 +13,12 @@ def teachers(tmp_path_factory): return tmp_path_factory.mktemp('teachers')
 
 def run(method, teachers, out=None, **changes): return run_task(make_task('digits', **SHORT | changes), method, 'test', out, teachers=teachers, progress=False)
 
-@pytest.mark.parametrize('method', [pytest.param(m, marks=cleanlab) if m == 'confident_learning' else m for m in RUNNERS if not m.endswith('_aif') or m in ('crd_aif', 'dkd_aif', 'dist_aif')])
+@pytest.mark.parametrize('method', [pytest.param(m, marks=cleanlab) if m == 'confident_learning' else m for m in RUNNERS if not m.endswith('_aif') or m in ('crd_aif', 'dkd_aif', 'dist_aif', 'bdkd_aif', 'pesf_aif')])
 def test_every_method_runs_and_is_recorded(method, teachers, tmp_path):
     record, found = run(method, teachers, tmp_path)
     chance = .15 if method in ('at', 'nst') else .5 # whose weights let the labels speak only after longer training
     assert record.metrics['test_accuracy'] > chance and found.metrics['test_accuracy'] == record.metrics['test_accuracy']
-    assert record.seconds['student'] > 0 and method in METHODS and (method == 'ce') == (record.teacher == '')
+    assert record.seconds['student'] > 0 and method in METHODS and (method in ('ce', 'one', 'okddip')) == (record.teacher == '')
     assert run(method, teachers, tmp_path) == (record, None) and load_records(tmp_path) == [record], 'it knows its own record'
     if method in ('kd_aif_student', 'kd_aif_both'):
         m = record.metrics
@@ -28,6 +28,17 @@ def test_a_teacher_from_the_file_teaches_what_it_did_when_it_was_new(tmp_path):
     "Looking at its shapes does not touch its running statistics"
     first, again = (run('sp', tmp_path, epochs=2)[0] for _ in range(2))
     assert first.metrics['test_accuracy'] == again.metrics['test_accuracy'] and first.metrics['teacher_test_accuracy'] == again.metrics['teacher_test_accuracy']
+
+def test_the_assistant_has_an_accuracy_of_its_own(teachers):
+    record, found = run('takd', teachers)
+    plain, _ = run('kd_val', teachers)
+    m = record.metrics
+    assert m['teacher_test_accuracy'] == plain.metrics['teacher_test_accuracy'] and m['assistant_test_accuracy'] not in (m['teacher_test_accuracy'], m['test_accuracy'])
+    assert {'teacher', 'assistant', 'student'} <= set(record.seconds) and found.teacher[-1].in_features == 48, 'cnn12'
+
+def test_a_pair_without_an_assistant_is_named_before_anything_is_trained(tmp_path):
+    with pytest.raises(ValueError, match='ASSISTANTS'): run('takd', tmp_path, teacher='mlp16')
+    assert not list(tmp_path.iterdir())
 
 def test_the_oracle_gives_wrong_labels_nothing_and_random_weights_the_same_histogram(teachers):
     _, oracle = run('oracle_student', teachers)
