@@ -514,7 +514,7 @@ def distill(
         table.refresh(found[-1] if beta == 'calibrated' else found[-1].values)
         lookup.set(table.every)
     def follow_need(epoch, model):
-        if needs and epoch >= needs.need.start:
+        if needs and epoch >= needs.need.start and (table.calibration is None or table.calibration.comparable):
             with clock('need'): lookup.set_need(needs.step(model, table.every, _advised_loss(config) if model is student and teacher is not None else None))
     def train_it(name, *models, **options):
         if needs: lookup.set_need(needs.values) # the student goes on from where its teacher ended
@@ -524,7 +524,7 @@ def distill(
 
     if mechanism and one_shot: # the teacher knows all that will be known
         refresh()
-        with clock('need'): needs = needs if needs and needs.wanted(teacher, table.every) else None
+        with clock('need'): needs = needs if needs and (table.calibration is None or table.calibration.comparable) and needs.wanted(teacher, table.every) else None # validation samples of another kind say nothing of classes either
         if mechanism == 'both' and (needs or not torch.equal(table.every, torch.ones_like(table.every))): # under uniform weights it has nothing to learn again
             teacher = teacher if make_teacher is None else make_teacher().to(_device(student))
             _check_teacher(teacher, student, _first_batch('train', plain(train)), forward)

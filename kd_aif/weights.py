@@ -172,6 +172,7 @@ class CalibratedWeights:
     clean_fractions:Tensor # (C,) the same in each given class, one number without labels; NaN for a class that cannot be judged
     p_value:float # of the test that all training samples are as good as the reference; above `significance` all weights are 1
     density:Tensor # (k,) decreasing density of the p-values of all classes on a regular grid; ones when all weights are 1
+    comparable:bool = True # False: hardly a sample is as good as the reference, which is then taken to come from another source; all weights are 1
 
     def __repr__(self): return self._repr_markdown_()
 
@@ -219,10 +220,11 @@ def weights_from_intervals(
     m:Tensor, # (C,) effective number of samples in each class, see `effective_count`
     labels:Tensor|None=None, # (n,) given labels: balance within the class
     significance:float=.05, # weights are exactly 1 unless "all good" is rejected at this level
-    density:str='shrunk' # what classes have in common, see `calibrated_weights`
+    density:str='shrunk', # what classes have in common, see `calibrated_weights`
+    least:float=.1 # share of good samples below which the reference is taken to come from another source: all weights are 1, with a warning; 0 believes everything
 )->CalibratedWeights: # as `calibrated_weights`
     "Calibrated weights from p-values that are already there; raises `ValueError` for an unknown `density`, a `significance` that is no fraction, no class with reference, or a number of classes that differs from `m`"
-    check_fraction('significance', significance)
+    check_fraction('significance', significance); check_fraction('least', least)
     if density not in DENSITIES: raise ValueError(f"density is {density!r}; use one of {', '.join(DENSITIES)}")
     groups = torch.zeros(low.shape[1], dtype=torch.long) if labels is None else labels.cpu()
     m = torch.as_tensor(m, dtype=torch.float64).reshape(-1)
@@ -236,7 +238,9 @@ def weights_from_intervals(
     (share, shape), p_value = two_groups(pooled), _all_good(F, pooled, m, total)
     if _pile_up(2*GRID - pooled, total) < .001: warnings.warn(_CONSERVATIVE)                # the same test on the other side
     shares, used, shapes = _class_mixtures(density, F, counts, m, share, shape, significance)
-    if p_value > significance: return CalibratedWeights(torch.ones(len(groups)), torch.ones(len(groups)), share, shares, p_value, torch.ones(len(GRID) - 1))
+    comparable = p_value > significance or share >= least
+    if not comparable: warnings.warn(_OTHER_SOURCE.format(share, least))
+    if p_value > significance or not comparable: return CalibratedWeights(torch.ones(len(groups)), torch.ones(len(groups)), share, shares, p_value, torch.ones(len(GRID) - 1), comparable)
     probability = _probability(low, high, used[groups], shapes, groups)
     probability = torch.where(known, probability, 0.).sum(0)/known.sum(0)
     probability = torch.where(known.any(0), probability, 1.)
@@ -270,6 +274,8 @@ def _probability(low, high, share, shapes, groups):
     f = (_interpolate(high, mass, groups) - _interpolate(low, mass, groups))/(high - low)
     return share/(share + (1 - share)*f).clamp_min(1e-12)
 
+_OTHER_SOURCE = ("the reference looks as if only {:.1%} of the training samples were as good, less than {:.0%}: it probably comes from another source, or was treated in another way by the model. "
+    "All weights are one; give a reference from the source of the training samples")
 _CONSERVATIVE = ("the training samples score better than the reference: the model has probably been trained on them but not on the validation samples, or they come from another source. "
     "The comparison is then too kind to wrong labels; score with a model that was trained on both, or out of fold")
 

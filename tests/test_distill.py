@@ -571,3 +571,16 @@ def test_the_check_of_an_extra_leaves_no_trace(teacher):
     noisy = Noisy(); torch.manual_seed(3); expected = torch.rand(1); torch.manual_seed(3)
     _check_extra(Extra(noisy, 1., outputs), model(1), teacher, next(iter(train)))
     assert torch.equal(torch.rand(1), expected) and noisy.modes == [False] and noisy.training and int(noisy.norm.num_batches_tracked) == 0
+
+
+# Validation samples of another kind
+
+@pytest.mark.parametrize('mechanism', ['student', 'both'])
+def test_a_validation_set_of_another_kind_is_not_followed(teacher, mechanism):
+    "Its labels mean something else than all of those in training: no training sample looks good, and the run is the control"
+    other = Loader({**clean_data, 'y': (clean_data['y'] + 1) % C})
+    knowing = distill(model(9, 16), None, val, val, **settings | dict(epochs=30)).student
+    with pytest.warns(UserWarning, match='another source'): run = distill(model(1), knowing, other, val, mechanism=mechanism, score='loss', **settings)
+    control = distill(model(1), knowing, MixedBatches(other, val), val, **settings)
+    assert torch.equal(run.weights, torch.ones(N)) and torch.equal(run.val_weights, torch.ones(M)) and run.need is None and not run.calibration.comparable
+    assert equal(state(run.student), state(control.student)) and run.teacher is knowing

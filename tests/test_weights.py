@@ -250,9 +250,12 @@ def test_a_class_in_the_reference_alone_changes_nothing():
     more, label = torch.cat([r, torch.full((50,), -99.)]), torch.cat([z, torch.full((50,), 7)])
     assert torch.allclose(calibrated_weights(s, more, y, label).probability, calibrated_weights(s, r, y, z).probability, atol=.02)
 
-def test_only_bad_samples_still_give_weights():
-    w = calibrated_weights(torch.zeros(50) - 9, torch.randn(100, generator=torch.Generator().manual_seed(0)))
-    assert w.clean_fraction < .1 and torch.isfinite(w.values).all() and float(w.values.mean()) == pytest.approx(1, abs=1e-4)
+def test_a_reference_of_another_kind_is_not_believed():
+    bad, reference = torch.zeros(50) - 9, torch.randn(100, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match='another source'): w = calibrated_weights(bad, reference)
+    assert w.clean_fraction < .1 and w.p_value < .001 and not w.comparable and torch.equal(w.values, torch.ones(50))
+    mixed = calibrated_weights(torch.cat([bad, torch.randn(50, generator=torch.Generator().manual_seed(1))]), reference)
+    assert mixed.comparable and mixed.values[:50].max() < .3 < mixed.values[50:].mean()
 
 def test_too_good_training_scores_are_said_and_nothing_else_is():
     s, r, y, z, _ = sample(1000, 0., 0, m=500)
