@@ -513,8 +513,9 @@ def distill(
             found.append(_aligned(_score(scored, mentor, train, val, config, quick if last_layer else forward, found, progress), index))
         table.refresh(found[-1] if beta == 'calibrated' else found[-1].values)
         lookup.set(table.every)
+    def believed(): return table.calibration is None or table.calibration.comparable # validation samples of another kind say nothing of classes either
     def follow_need(epoch, model):
-        if needs and epoch >= needs.need.start and (table.calibration is None or table.calibration.comparable):
+        if needs and epoch >= needs.need.start and believed():
             with clock('need'): lookup.set_need(needs.step(model, table.every, _advised_loss(config) if model is student and teacher is not None else None))
     def train_it(name, *models, **options):
         if needs: lookup.set_need(needs.values) # the student goes on from where its teacher ended
@@ -524,7 +525,7 @@ def distill(
 
     if mechanism and one_shot: # the teacher knows all that will be known
         refresh()
-        with clock('need'): needs = needs if needs and (table.calibration is None or table.calibration.comparable) and needs.wanted(teacher, table.every) else None # validation samples of another kind say nothing of classes either
+        with clock('need'): needs = needs if needs and believed() and needs.wanted(teacher, table.every) else None
         if mechanism == 'both' and (needs or not torch.equal(table.every, torch.ones_like(table.every))): # under uniform weights it has nothing to learn again
             teacher = teacher if make_teacher is None else make_teacher().to(_device(student))
             _check_teacher(teacher, student, _first_batch('train', plain(train)), forward)
