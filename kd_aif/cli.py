@@ -57,6 +57,7 @@ def kd_aif_run(
     teacher:str=None, # name of the teacher, default from the tier
     student:str=None, # name of the student, default from the tier
     epochs:int=None, # passes over the data, default from the tier
+    extra_weight:float=None, # of a published loss of features or logits (crd, dkd and the like), default the published one
     beta:float=None, # strength of the published sigmoid weights; default the calibrated weights, which have none
     score:str=None, # what is scored: local+loss, local, mean or loss
     precision:str=None, # of the forward passes in training, float32 or bfloat16; default from the tier
@@ -77,7 +78,7 @@ def kd_aif_run(
             raise ValueError(f"method is {', '.join(unknown)}; use {', '.join(RUNNERS)}")
         records = []
         for seed in range(first_seed, first_seed + seeds):
-            task = make_task(dataset, tier, noise=noise, rate=rate, imbalance=imbalance, n_train=n_train, n_val=n_val, val_rate=val_rate, val_shift=val_shift, teacher=teacher, student=student, epochs=epochs, beta=beta, score=score, precision=precision, seed=seed)
+            task = make_task(dataset, tier, noise=noise, rate=rate, imbalance=imbalance, n_train=n_train, n_val=n_val, val_rate=val_rate, val_shift=val_shift, teacher=teacher, student=student, epochs=epochs, extra_weight=extra_weight, beta=beta, score=score, precision=precision, seed=seed)
             for m in methods:
                 record, run = run_task(task, m, experiment, out, force, data)
                 records.append(record)

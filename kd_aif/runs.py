@@ -50,6 +50,7 @@ class Task:
     val_rate:float = 0. # rate of symmetric noise in the validation set
     val_shift:float = 0. # share of the validation images with shifted pixels
     precision:str = 'float32' # of the forward passes in training: 'float32' or 'bfloat16'
+    extra_weight:float|None = None # of a published loss of features or logits in the student's loss; None takes the published weight
     beta:float|str = 'calibrated' # 'calibrated', or the strength of sigmoid weights
     score:str|None = None # what is scored; default 'local+loss' when calibrated, else 'mean'
     label:str|None = None # other label column of the data set
@@ -81,7 +82,7 @@ def make_task(
     if task.noise not in NOISES: raise ValueError(f"noise is {task.noise!r}; use one of {', '.join(NOISES)}")
     if task.precision not in PRECISIONS: raise ValueError(f"precision is {task.precision!r}; use one of {', '.join(PRECISIONS)}")
     check_fraction('val_rate', task.val_rate); check_fraction('val_shift', task.val_shift)
-    check_positive('T', task.T); check_positive('lr', task.lr); check_fraction('alpha', task.alpha); check_fraction('rate', task.rate)
+    check_positive('T', task.T); check_positive('extra_weight', 1. if task.extra_weight is None else task.extra_weight); check_positive('lr', task.lr); check_fraction('alpha', task.alpha); check_fraction('rate', task.rate)
     if task.epochs < 1: raise ValueError(f"epochs is {task.epochs}; give 1 or more")
     if task.imbalance < 1:
         raise ValueError(f"imbalance is {task.imbalance}; give the size of the largest class over that of the smallest, 1 or more")
@@ -165,7 +166,7 @@ def trained_teacher(
     progress:bool=True # show bars
 )->tuple: # the trained teacher, and the seconds its training took
     "The task's teacher, trained with cross-entropy now, or earlier by the same code on the same data"
-    fields = {k: v for k, v in dataclasses.asdict(task).items() if k not in ('student', 'T', 'alpha', 'beta', 'score')}
+    fields = {k: v for k, v in dataclasses.asdict(task).items() if k not in ('student', 'T', 'alpha', 'extra_weight', 'beta', 'score')}
     identity = [fields, train.fingerprint, val.fingerprint, with_val, torch.__version__, train.x.device.type, _code_fingerprint(*_TRAINING_CODE)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     model, path = _new_model(task, 'teacher', train), Path(teachers or cache_dir()/'teachers')/f'{task.dataset}-{key}.safetensors'
@@ -178,6 +179,7 @@ def trained_teacher(
 
 # %% ../nbs/13b_runs.ipynb #13b-runs-017
 _UNTAUGHT = 'ce', 'one', 'okddip' # methods in which no other network than the student's has a part
+_TAUGHT = *BETA, 'bdkd', 'pesf' # those with one more term in the student's loss
 
 def run_task(
     task:Task, # what to run
@@ -192,7 +194,7 @@ def run_task(
     "Train one method on one task and record it; a run that has a record is not run again. Raises `ValueError` for an unknown method"
     if method not in RUNNERS: raise ValueError(f"method is {method!r}; use one of {', '.join(RUNNERS)}")
     train, val, test = task_data(task, root, progress)
-    unused = {'dataset', 'tier', 'teacher', 'student', 'seed'} | (set() if method.startswith('kd_aif') else {'beta', 'score'}) | ({'T', 'alpha'} if method in (*_UNTAUGHT, 'dml') else set())
+    unused = {'dataset', 'tier', 'teacher', 'student', 'seed'} | (set() if method.startswith('kd_aif') else {'beta', 'score'}) | ({'T', 'alpha'} if method in (*_UNTAUGHT, 'dml') else set()) | (set() if method.split('_')[0] in _TAUGHT and task.extra_weight else {'extra_weight'})
     config = {k: v for k, v in dataclasses.asdict(task).items() if k not in unused} # fields of their own, and settings that the method does not use
     fields = dict(experiment=experiment or f'{task.dataset}_noise', tier=task.tier, dataset=describe_data(task, train, val, test), method=method,
         teacher='' if method in _UNTAUGHT else task.teacher, student=task.student, seed=task.seed, config=config)
@@ -315,21 +317,21 @@ def _run_rival(c, options, student_only=False):
     run = distill(c.model('student'), teacher, c.t, c.v, test=c.test, **options(c), **c.settings)
     return run, dict(teacher=spent, **c.clock.seconds, **run.seconds)
 
-def _taught_loss(c, name, teacher, examples):
+def _taught_loss(c, name, teacher, examples, data):
     "A published loss by its name, with what it learns of the teacher before the student starts"
     if name == 'bdkd': return lambda ours, theirs, batch: bdkd_loss(ours[-1], theirs[-1], T=c.task.T)
     if name == 'pesf': return TeacherAdapter(examples[1], T=c.task.T, seed=c.task.seed)
     loss = make_feature_loss(name, *examples, n_samples=1 + int(torch.cat([c.train.index, c.val.index]).max()), seed=c.task.seed)
-    with c.clock('preparation'): pretrain(loss, teacher, MixedBatches(c.t, c.v, c.task.seed), default_outputs)
+    with c.clock('preparation'): pretrain(loss, teacher, data, default_outputs)
     return loss
 
-def _run_feature(c, name, mechanism=None):
+def _run_feature(c, name, mechanism=None, with_val=True):
     "Cross-entropy plus a published loss of features or logits, under the control's teacher; with a mechanism also under weights"
-    teacher, spent = c.shared_teacher()
-    student, first = c.model('student'), next(iter(c.t.plain()))
+    teacher, spent = c.shared_teacher(with_val)
+    student, first, every = c.model('student'), next(iter(c.t.plain())), MixedBatches(c.t, c.v, c.task.seed)
     with torch.no_grad(), evaluating(student, teacher): examples = [default_outputs(m, first) for m in (student, teacher)]
-    loss, data = _taught_loss(c, name, teacher, examples), MixedBatches(c.t, c.v, c.task.seed) if mechanism is None else c.t
-    run = distill(student, teacher, data, c.v, mechanism=mechanism, extra=Extra(loss, BETA.get(name, 1.)), test=c.test, **c.settings | dict(alpha=0.))
+    extra = Extra(_taught_loss(c, name, teacher, examples, every if with_val else c.t), c.task.extra_weight or BETA.get(name, 1.))
+    run = distill(student, teacher, every if with_val and mechanism is None else c.t, c.v, mechanism=mechanism, extra=extra, test=c.test, **c.settings | dict(alpha=0.))
     return run, dict(teacher=spent, **c.clock.seconds, **run.seconds)
 
 def _run_assistant(c):
@@ -361,13 +363,15 @@ _rivals = dict(
 
 _online = dict(dml=lambda c, ours: DeepMutualLearning([c.model('teacher')], forward=c.forward), one=_with_branches(NativeEnsemble, 2), okddip=_with_branches(DiversePeers, 3))
 
+_features = {'': {}, '_train': dict(with_val=False), '_aif': dict(mechanism='student')}
+
 _aif = dict(kd_aif={}, quality=dict(need=None), small_loss_calibrated=dict(score='loss', need=None), sigmoid=dict(beta=1., score=None, need=None))
 
 RUNNERS = dict(ce=partial(_run_plain, teacher=False), kd=_run_plain, kd_val=partial(_run_plain, with_val=True),
     **{f'{name}_{m}': partial(_run_aif, mechanism=m, **changes) for name, changes in _aif.items() for m in ('student', 'both')},
     kd_aif_goes_on=partial(_run_aif, mechanism='both', make_teacher=None), kd_val_goes_on=_run_longer, kd_aif_together=partial(_run_together, schedule=Every(2, 3, ahead=True)), published=partial(_run_together, schedule=Every(1, 2), beta=1.), online=partial(_run_together, schedule=Online(2), beta=1.),
     **{f'{name}_student': partial(_run_rival, options=options, student_only=True) for name, options in _rivals.items() if name in ('oracle', 'random', 'val_alone')},
-    **{name: partial(_run_feature, name=name) for name in (*BETA, 'bdkd', 'pesf')}, **{f'{name}_aif': partial(_run_feature, name=name, mechanism='student') for name in (*BETA, 'bdkd', 'pesf')},
+    **{name + suffix: partial(_run_feature, name=name, **changes) for suffix, changes in _features.items() for name in _TAUGHT},
     takd=_run_assistant, **{name: partial(_run_online, make=make) for name, make in _online.items()},
     need_student=partial(_run_rival, options=lambda c: dict(weights=torch.ones(len(c.y)), need=Need()), student_only=True),
     need_both=partial(_run_rival, options=lambda c: dict(weights=torch.ones(len(c.y)), need=Need())), **{name: partial(_run_rival, options=options) for name, options in _rivals.items()})
