@@ -28,11 +28,12 @@ from .curvature import FlatModel, GaussNewton, mean_gradient, sample_batches, sa
 from .data import ImageBatches, augmentation_for, hold_out, load_images, subset, symmetric_noise
 from .distill import distill
 from .influence import influence_scores
+from .loop import loop_bench, loop_line
 from .losses import batch_cross_entropy
 from .models import build_model, load_model, save_model
 from .peers import PEERS, backward_loop, kronfluence_scores, vmap_gradients
 from .records import find_record, make_record, method_label, save_record
-from .runs import _TRAINING_CODE, _code_fingerprint
+from .runs import _TRAINING_CODE, _code_fingerprint, make_task
 from .scoring import directional_scores
 from .solvers import CG, EKFAC, KFAC, LBFGS, Diagonal, Exact, Identity, LiSSA, Woodbury
 from .truth import Refits, _query_spearman, _resampled, half_subsets, lds, lds_ceiling, predicted_losses, refit
@@ -659,13 +660,14 @@ def lds_table(
 # %% ../nbs/15_bench.ipynb #15-bench-056
 @call_parse
 def kd_aif_bench(
-    what:str, # 'influence' (cost and fidelity) or 'lds' (judged by retraining)
-    model:str='cnn16', # name of the network: cnn16, resnet20, ...
+    what:str, # 'influence' (cost and fidelity), 'lds' (judged by retraining) or 'loop' (the training loop beside its bare passes)
+    model:str='cnn16', # name of the network: cnn16, resnet20, ...; loop: of the student
+    teacher:str='cnn32', # loop: name of the teacher
     dataset:str='cifar10', # data set; digits needs no files
     damping:str='0.1', # λ, a number or 'auto'
     rows:str=None, # names of rows, separated by commas; default all (peers only with --peers)
     peers:store_true=False, # the libraries of `pip install "kd_aif[bench]"` too
-    repeats:int=3, # influence: runs of each row
+    repeats:int=3, # influence: runs of each row; loop: how often both are timed
     subsets:int=60, # lds: number of random halves of the training set
     seeds:int=4, # lds: models for each of them
     processes:int=1, # lds: models that are trained at the same time
@@ -678,12 +680,13 @@ def kd_aif_bench(
 ):
     "Benchmark influence scores against exact ones, other libraries and retraining, one record per row; rows that have a record are skipped"
     with _plain_errors():
-        if what not in ('influence', 'lds'): raise ValueError(f"what is {what!r}; use 'influence' or 'lds'")
+        if what not in ('influence', 'lds', 'loop'): raise ValueError(f"what is {what!r}; use 'influence', 'lds' or 'loop'")
         _check_folder(out)
         damping = _as_damping(damping)
         torch.set_num_threads(threads)
         changes = {k: v for k, v in dict(n_train=n_train, n_val=n_val, epochs=epochs).items() if v is not None}
         names = rows.split(',') if rows else None
+        if what == 'loop': print(loop_line(loop_bench(make_task(dataset, teacher=teacher, student=model, n_train=n_train, n_val=n_val), repeats, out=out))); return
         if what == 'lds':
             task = RefitTask(dataset, model, **(dict(rate=.4) | changes))
             records, missing = lds_bench(task, damping, names, subsets, seeds, processes, out)

@@ -61,6 +61,7 @@ def kd_aif_run(
     beta:float=None, # strength of the published sigmoid weights; default the calibrated weights, which have none
     score:str=None, # what is scored: local+loss, local, mean or loss
     precision:str=None, # of the forward passes in training, float32 or bfloat16; default from the tier
+    compile:store_true=False, # compile the forward passes in training: half a minute at first, worth it for long runs on a GPU
     experiment:str=None, # name in the records, default DATASET_noise
     data:str=None, # folder of the data sets, default $KD_AIF_DATA
     out:str='reports/results', # folder of the records
@@ -78,7 +79,7 @@ def kd_aif_run(
             raise ValueError(f"method is {', '.join(unknown)}; use {', '.join(RUNNERS)}")
         records = []
         for seed in range(first_seed, first_seed + seeds):
-            task = make_task(dataset, tier, noise=noise, rate=rate, imbalance=imbalance, n_train=n_train, n_val=n_val, val_rate=val_rate, val_shift=val_shift, teacher=teacher, student=student, epochs=epochs, extra_weight=extra_weight, beta=beta, score=score, precision=precision, seed=seed)
+            task = make_task(dataset, tier, noise=noise, rate=rate, imbalance=imbalance, n_train=n_train, n_val=n_val, val_rate=val_rate, val_shift=val_shift, teacher=teacher, student=student, epochs=epochs, extra_weight=extra_weight, beta=beta, score=score, precision=precision, compile=compile or None, seed=seed)
             for m in methods:
                 record, run = run_task(task, m, experiment, out, force, data)
                 records.append(record)

@@ -250,11 +250,11 @@ def batch_size(
 
 def batch_rows(
     batch:dict, # one batch
-    keep:Tensor # (k,) positions within the batch
+    keep:Tensor|slice # (k,) positions within the batch, or a slice
 )->dict: # the same keys
     "The given rows of every tensor in the batch that has one row per sample; everything else is kept as it is"
-    n = batch_size(batch)
-    return {k: v[keep.to(v.device)] if isinstance(v, Tensor) and v.ndim and len(v) == n else v for k, v in batch.items()}
+    n, on = batch_size(batch), lambda device: keep if isinstance(keep, slice) else keep.to(device, non_blocking=True)
+    return {k: v[on(v.device)] if isinstance(v, Tensor) and v.ndim and len(v) == n else v for k, v in batch.items()}
 
 # %% ../nbs/05_curvature.ipynb #05-curvature-037
 def sample_mask(

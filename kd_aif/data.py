@@ -442,10 +442,10 @@ class CropFlip:
         (b, c, h, w), p = x.shape, self.padding
         if p >= min(h, w): raise ValueError(f"padding={p}: images of {h}×{w} pixels allow at most {min(h, w) - 1}")
         device = generator.device if generator else x.device
-        shift = torch.randint(-p, p + 1, (2, b, 1), generator=generator, device=device).to(x.device)
+        shift = torch.randint(-p, p + 1, (2, b, 1), generator=generator, device=device).to(x.device, non_blocking=True)
         row, column = torch.arange(h, device=x.device).expand(b, h), torch.arange(w, device=x.device).expand(b, w)
         if self.flip:
-            mirrored = torch.rand(b, 1, generator=generator, device=device).to(x.device) < .5
+            mirrored = torch.rand(b, 1, generator=generator, device=device).to(x.device, non_blocking=True) < .5
             column = torch.where(mirrored, w - 1 - column, column)
         return _pick(x, _reflect(row + shift[0], h), _reflect(column + shift[1], w))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MECHANISMS', 'MixedBatches', 'set_epoch', 'check_batches', 'count_classes', 'evaluate', 'sgd', 'Step',
-           'autocast_forward', 'default_outputs', 'Extra', 'OneShot', 'Every', 'Online', 'Run', 'distill',
-           'SubsetBatches', 'out_of_fold_weights']
+           'autocast_forward', 'default_outputs', 'Extra', 'unaugmented', 'OneShot', 'Every', 'Online', 'Run',
+           'distill', 'SubsetBatches', 'out_of_fold_weights']
 
 # %% ../nbs/09_distill.ipynb #09-distill-002
 import warnings
@@ -45,9 +45,9 @@ class _Stream:
             batch = next(self.batches)
             parts.append({**batch, 'held_out': torch.full_like(batch['index'], self.held_out, dtype=torch.bool)})
             have += len(batch['index'])
-        batch, row = _cat(parts), torch.arange(have)
-        self.rest = batch_rows(batch, row[k:]) if have > k else None
-        return batch_rows(batch, row[:k]) if have > k else batch
+        batch = _cat(parts)
+        self.rest = batch_rows(batch, slice(k, None)) if have > k else None
+        return batch_rows(batch, slice(k)) if have > k else batch
 
 # %% ../nbs/09_distill.ipynb #09-distill-008
 class _Chained:
@@ -92,10 +92,9 @@ class MixedBatches:
     def __iter__(self):
         epoch, self.epoch = self.epoch, self.epoch + 1
         streams = _Stream(self.train, False), _Stream(self.val, True)
-        held_out = torch.randperm(self.n_train + self.n_val, generator=generator(self.seed, 'mix', epoch)) >= self.n_train
-        for chunk in self._chunks(held_out):
-            k = int(chunk.sum())
-            yield _cat([s.take(n) for s, n in zip(streams, (len(chunk) - k, k)) if n])
+        chunks = self._chunks(torch.randperm(self.n_train + self.n_val, generator=generator(self.seed, 'mix', epoch)) >= self.n_train)
+        for size, k in zip(map(len, chunks), torch.stack([c.sum() for c in chunks]).tolist()):
+            yield _cat([s.take(n) for s, n in zip(streams, (size - k, k)) if n])
 
 # %% ../nbs/09_distill.ipynb #09-distill-010
 def set_epoch(
@@ -206,7 +205,7 @@ class _Learner:
 
     def learn(self, batch, loss, weights, forward, epoch, epochs):
         "One step under the weights; returns logits and losses"
-        self.model.train()
+        if not self.model.training: self.model.train()
         outputs = forward(self.model, batch)
         logits, losses = outputs[-1] if isinstance(outputs, list) else outputs, loss(outputs, batch)
         w = weights(Step(self.model, batch, logits, losses, loss, forward, self.schedule.get_last_lr()[0], epoch, epochs))
@@ -229,25 +228,34 @@ class Step:
     epochs:int # how many there are
 
 # %% ../nbs/09_distill.ipynb #09-distill-023
+class _Places:
+    "Where samples stand in a table, by their stable index; validation samples may have the index of a training sample"
+    def __init__(self, index, held_out, device): self.keys, self.order = (t.to(device) for t in (2*index + held_out).sort())
+    def __call__(self, batch):
+        "(b,) places in the order of `keys`, (b,) whether the sample is there, (b,) whether it is held out"
+        held_out = batch.get('held_out', torch.zeros_like(batch['index'], dtype=torch.bool))
+        key = 2*batch['index'] + held_out
+        place = torch.searchsorted(self.keys, key).clamp_max(len(self.keys) - 1)
+        return place, self.keys[place] == key, held_out
+
+# %% ../nbs/09_distill.ipynb #515ac64e
 class _WeightTable:
-    "Weight of a sample by its stable index, times that of its class; validation samples may have the index of a training sample, and count as of weight one where they are not in the table"
+    "Weight of a sample by its stable index, times that of its class; validation samples count as of weight one where they are not in the table"
     def __init__(self, index, held_out, values, device):
-        self.keys, self.order = (t.to(device) for t in self._key(index, held_out).sort())
+        self.find = _Places(index, held_out, device)
+        self.order, self.strange = self.find.order, torch.tensor(False, device=device)
         self.set(values); self.set_need(None)
-    def _key(self, index, held_out): return 2*index + held_out
     def set(self, values): self.values = values.float().to(self.order.device)[self.order]
     def by_sample(self): return self.values[self.order.argsort()].cpu()
     def set_need(self, need): self.need = None if need is None else need.float().to(self.order.device)
     def places(self, batch):
-        "Where the samples of a batch stand in the table, and which of them are in it"
-        held_out = batch.get('held_out', torch.zeros_like(batch['index'], dtype=torch.bool))
-        key = self._key(batch['index'], held_out)
-        place = torch.searchsorted(self.keys, key).clamp_max(len(self.keys) - 1)
-        known = self.keys[place] == key
-        if not (known | held_out).all():
-            raise ValueError("train: an index that the first pass over the batches did not show; "
-                "every pass must have the same samples (no drop_last)")
+        "Where the samples of a batch stand in the table, and which of them are in it; what is strange is kept for `check`, since to look now would make the device wait"
+        place, known, held_out = self.find(batch)
+        self.strange = self.strange | ~(known | held_out).all()
         return place, known
+    def check(self):
+        "Once an epoch"
+        if self.strange: raise ValueError("train: an index that the first pass over the batches did not show; every pass must have the same samples (no drop_last)")
     def __call__(self, step):
         place, known = self.places(step.batch)
         w = torch.where(known, self.values[place], 1.)
@@ -295,12 +303,32 @@ class Extra:
     def __post_init__(self): check_positive('weight', self.weight)
 
 # %% ../nbs/09_distill.ipynb #064f1e47
-def _fit(student, teacher, batches, weights, *, epochs, lr, make_optimizer, T, alpha, loss, forward, seed, extra=None,
+def unaugmented(
+    batches # batches, as given to `distill`
+)->bool: # False also where it is not known
+    "Whether every sample looks the same in each epoch: a list, or a loader with `augment=None`"
+    if isinstance(batches, MixedBatches): return unaugmented(batches.train) and unaugmented(batches.val)
+    return isinstance(batches, (list, tuple)) or getattr(batches, 'augment', batches) is None
+
+class _Remembered:
+    "The teacher's logits of every sample, from one pass"
+    def __init__(self, teacher, batches, look):
+        batches = [to_device(b, _device(teacher)) for b in plain(batches)]
+        with evaluating(teacher), torch.no_grad(): logits = torch.cat([look(teacher, b) for b in batches])
+        index, held_out = (torch.cat([b.get(k, torch.zeros_like(b['index'])) for b in batches]) for k in ('index', 'held_out'))
+        self.find = _Places(index, held_out.bool(), _device(teacher))
+        self.logits = logits[self.find.order]
+    def __call__(self, teacher, batch): return self.logits[self.find(batch)[0]]
+
+# %% ../nbs/09_distill.ipynb #cb803f6c
+def _fit(student, teacher, batches, weights, *, epochs, lr, make_optimizer, T, alpha, loss, forward, seed, compile=None, cached=False, extra=None,
          teacher_learns=False, before_epoch=lambda epoch, model: None, progress=True, title='student'):
     "Train the student (and the teacher along with it, if it learns) under the weights; returns a list of one dict per epoch"
     steps, device, history = epochs*_steps(batches), _device(student), []
     learner, mentor = _Learner(student, make_optimizer, lr, steps, extra and extra.loss), _Learner(teacher, make_optimizer, lr, steps) if teacher_learns else None
     look = extra.outputs if extra else forward
+    if compile: look, forward = map(compile, (look, forward))
+    ask = _Remembered(teacher, batches, forward) if cached and teacher is not None and not teacher_learns and not extra else look
     bar = tqdm(range(epochs), desc=title, **bar_options(progress))
     with torch.random.fork_rng(): # dropout and the like
         torch.manual_seed(seed)
@@ -311,10 +339,11 @@ def _fit(student, teacher, batches, weights, *, epochs, lr, make_optimizer, T, a
                 batch, advice = to_device(batch, device), None
                 if teacher_learns: mentor.learn(batch, loss, weights, forward, epoch, epochs)
                 if teacher is not None:
-                    teacher.eval()
-                    with torch.no_grad(): advice = look(teacher, batch)
+                    if teacher.training: teacher.eval()
+                    with torch.no_grad(): advice = ask(teacher, batch)
                 logits, losses = learner.learn(batch, _sample_loss(loss, advice, T, alpha, extra), weights, look, epoch, epochs)
                 total, right, n = total + losses.sum(), right + (logits.argmax(1) == batch['y']).sum(), n + len(logits)
+            if hasattr(weights, 'check'): weights.check()
             history.append(dict(epoch=epoch, phase=title, loss=float(total)/n, accuracy=float(right)/n))
             if not torch.isfinite(torch.tensor(history[-1]['loss'])):
                 raise ValueError(f"{title}: the loss is not finite in epoch {epoch}; use a smaller lr than {lr}")
@@ -428,6 +457,7 @@ def _direction(model, teacher, train, val, config, forward):
 class _OnlineWeights:
     "A transform of each sample's own score within its mini-batch, once there is a direction; other models get the same weights"
     def __init__(self, table, transform, beta): self.table, self.transform, self.beta, self.model, self.s = table, transform, beta, None, None
+    def check(self): self.table.check()
     def follow(self, model, s):
         if self.model is None: last_linear(model)[1].register_forward_pre_hook(lambda layer, inputs: setattr(self, 'features', inputs[0].detach().float()))
         self.model, self.s = model, s
@@ -484,6 +514,8 @@ def distill(
     last_layer:bool=True, # score with the last layer in closed form, or with all layers
     forward:Callable=default_forward, # forward(model, batch) -> logits (b, C)
     autocast:torch.dtype|None=None, # precision of the forward passes in training and last-layer scoring, such as torch.bfloat16; None: that of the models
+    compile:Callable|None=None, # such as `torch.compile`: what is made of the forward pass of training
+    cache_teacher:bool|None=None, # ask the teacher once for each sample, not in every epoch; None: where the loader does not augment (`unaugmented`) and there is no `extra`
     seed:int=0, # interleaving, folds, dropout; loaders and models bring their own seeds
     progress:bool=True # show bars
 )->Run: # metrics, weights, scores, seconds
@@ -491,7 +523,7 @@ def distill(
     Raises `ValueError`/`TypeError` before any training for bad data, mismatched classes, settings out of range or weights of the wrong length."""
     config = dict(mechanism=mechanism, schedule=schedule, train_on_val=train_on_val, epochs=epochs, lr=lr, T=T, alpha=alpha, beta=beta, transform=transform,
         score=score or ('local+loss' if beta == 'calibrated' else 'mean'), update=update, folds=folds, solver=solver, last_layer=last_layer,
-        need=(Need() if mechanism and beta == 'calibrated' else None) if need == 'auto' else need, loss=loss, extra=extra, autocast=autocast, seed=seed)
+        need=(Need() if mechanism and beta == 'calibrated' else None) if need == 'auto' else need, loss=loss, extra=extra, autocast=autocast, compile=compile, cache_teacher=cache_teacher, seed=seed)
     index, held_out, val_index, val_y = _check_settings(student, teacher, train, val, test, weights, make_teacher, forward, config)
     joined = train_on_val and (mechanism or weights is not None)
     table, clock, found, history = SampleWeights(len(index), transform, beta, update, good_labels=val_y if joined else None), Stopwatch(), [], []
@@ -502,7 +534,8 @@ def distill(
     together = mechanism == 'both' and not one_shot and not ahead
     rule = _OnlineWeights(lookup, transform, beta) if isinstance(schedule, Online) else weights if callable(weights) else lookup
     batches = MixedBatches(train, val, seed) if joined else train
-    fit = partial(_fit, batches=batches, weights=rule, epochs=epochs, lr=lr, make_optimizer=make_optimizer, T=T, alpha=alpha, loss=loss, forward=quick, seed=seed, progress=progress)
+    cached = unaugmented(batches) and not extra if cache_teacher is None else cache_teacher
+    fit = partial(_fit, batches=batches, weights=rule, epochs=epochs, lr=lr, make_optimizer=make_optimizer, T=T, alpha=alpha, loss=loss, forward=quick, seed=seed, compile=compile, cached=cached, progress=progress)
     needs = ClassNeeds(config['need'], plain(train), plain(val), _classes(student, train, forward), loss, quick, joined, seed) if config['need'] else None
 
     scored = student if mechanism == 'student' and not one_shot else teacher
@@ -606,6 +639,7 @@ def _check_settings(student, teacher, train, val, test, weights, make_teacher, f
     if not isinstance(first, dict): raise TypeError(f"train: batches are {type(first).__name__}; yield a dict with 'x', 'y' and 'index'")
     c = count_classes(student, first, forward)
     if teacher is not None: _check_teacher(teacher, student, first, forward)
+    if config['extra'] and config['cache_teacher']: raise ValueError("cache_teacher is True, but extra looks at feature maps, which are not kept; leave one of them out")
     if config['extra']: _check_extra(config['extra'], student, teacher, first)
     if (mechanism or weights is not None and config['train_on_val']) and 'held_out' in first:
         raise ValueError("train holds validation samples (MixedBatches), which must not be scored as training samples; "

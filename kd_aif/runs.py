@@ -50,6 +50,7 @@ class Task:
     val_rate:float = 0. # rate of symmetric noise in the validation set
     val_shift:float = 0. # share of the validation images with shifted pixels
     precision:str = 'float32' # of the forward passes in training: 'float32' or 'bfloat16'
+    compile:bool = False # `torch.compile` the forward passes in training
     extra_weight:float|None = None # of a published loss of features or logits in the student's loss; None takes the published weight
     beta:float|str = 'calibrated' # 'calibrated', or the strength of sigmoid weights
     score:str|None = None # what is scored; default 'local+loss' when calibrated, else 'mean'
@@ -142,7 +143,7 @@ def _loaders(task, train, val):
     make = lambda data: ImageBatches(data, task.batch_size, augmentation_for(task.dataset), seed=task.seed)
     return make(train), make(val)
 
-def _settings(task): return dict(epochs=task.epochs, lr=task.lr, T=task.T, alpha=task.alpha, seed=task.seed, autocast=PRECISIONS[task.precision])
+def _settings(task): return dict(epochs=task.epochs, lr=task.lr, T=task.T, alpha=task.alpha, seed=task.seed, autocast=PRECISIONS[task.precision], compile=torch.compile if task.compile else None)
 
 def _new_model(task, role, data, number=0):
     "The untrained teacher, student or assistant; with a `number` another one like it, from other weights"
@@ -194,7 +195,7 @@ def run_task(
     "Train one method on one task and record it; a run that has a record is not run again. Raises `ValueError` for an unknown method"
     if method not in RUNNERS: raise ValueError(f"method is {method!r}; use one of {', '.join(RUNNERS)}")
     train, val, test = task_data(task, root, progress)
-    unused = {'dataset', 'tier', 'teacher', 'student', 'seed'} | (set() if method.startswith('kd_aif') else {'beta', 'score'}) | ({'T', 'alpha'} if method in (*_UNTAUGHT, 'dml') else set()) | (set() if method.split('_')[0] in _TAUGHT and task.extra_weight else {'extra_weight'})
+    unused = {'dataset', 'tier', 'teacher', 'student', 'seed'} | (set() if method.startswith('kd_aif') else {'beta', 'score'}) | ({'T', 'alpha'} if method in (*_UNTAUGHT, 'dml') else set()) | (set() if method.split('_')[0] in _TAUGHT and task.extra_weight else {'extra_weight'}) | (set() if task.compile else {'compile'})
     config = {k: v for k, v in dataclasses.asdict(task).items() if k not in unused} # fields of their own, and settings that the method does not use
     fields = dict(experiment=experiment or f'{task.dataset}_noise', tier=task.tier, dataset=describe_data(task, train, val, test), method=method,
         teacher='' if method in _UNTAUGHT else task.teacher, student=task.student, seed=task.seed, config=config)
