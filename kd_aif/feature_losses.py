@@ -309,11 +309,11 @@ def _nce_loss(q, n):
 
 # %% ../nbs/10b_feature_losses.ipynb #10b-feature-losses-069
 class CRD(nn.Module):
-    "Contrastive representation distillation; raises `ValueError` for sizes that make no sense, features of different samples, or an index from `n_samples` on. Tian et al. (2020), section 3"
+    "Contrastive representation distillation; raises `ValueError` for sizes that make no sense, features of different samples, or an index that is not among `samples`. Tian et al. (2020), section 3"
     def __init__(self,
         student_channels:int, # numbers in the student's feature vector
         teacher_channels:int, # numbers in the teacher's feature vector
-        n_samples:int, # of the original split: all indices are below
+        samples:int|Tensor, # (n,) stable indices of all that train, or a number n: then 0 to n - 1
         dim:int=128, # numbers in an embedding
         negatives:int=16384, # negatives for each sample, not more than all the others
         T:float=.07, # temperature τ of the similarities
@@ -322,26 +322,35 @@ class CRD(nn.Module):
     ):
         super().__init__()
         _check_channels(student_channels=student_channels, teacher_channels=teacher_channels, dim=dim)
-        for name, value, least in (('n_samples', n_samples, 2), ('negatives', negatives, 1)):
+        keys = samples.sort().values if isinstance(samples, Tensor) else torch.arange(samples if isinstance(samples, int) else 0)
+        for name, value, least in (('samples', len(keys) if isinstance(samples, Tensor) else samples, 2), ('negatives', negatives, 1)):
             if not isinstance(value, int) or value < least: raise ValueError(f"{name} is {value!r}; give a whole number from {least}")
         check_positive('T', T); check_fraction('momentum', momentum)
-        self.n_samples, self.negatives, self.T, self.momentum, self.seed = n_samples, min(negatives, n_samples - 1), T, momentum, seed
+        self.n_samples, self.negatives, self.T, self.momentum, self.seed = len(keys), min(negatives, len(keys) - 1), T, momentum, seed
         self.student, self.teacher = nn.Linear(student_channels, dim), nn.Linear(teacher_channels, dim)
-        self.register_buffer('memory', F.normalize(torch.randn(2, n_samples, dim, generator=generator(seed, 'contrast memory')), dim=2)) # the student's, the teacher's
+        self.register_buffer('memory', F.normalize(torch.randn(2, len(keys), dim, generator=generator(seed, 'contrast memory')), dim=2)) # the student's, the teacher's
+        self.register_buffer('keys', keys)
         self.register_buffer('Z', torch.zeros(2)) # of the student's and the teacher's similarities; zero: not yet set
         self.register_buffer('steps', torch.tensor(0))
 
 # %% ../nbs/10b_feature_losses.ipynb #10b-feature-losses-070
 @patch
-def _draw(self:CRD, index):
-    "(b, m) indices of other samples, a function of the seed and the number of steps"
-    if index.ndim != 1 or index.min() < 0 or index.max() >= self.n_samples: raise ValueError(f"index is {tuple(index.shape)} from {int(index.min())} to {int(index.max())}; give one index per sample, below n_samples = {self.n_samples}")
-    drawn = torch.randint(self.n_samples - 1, (len(index), self.negatives), generator=generator(self.seed, 'negatives', int(self.steps))).to(index.device)
-    return drawn + (drawn >= index[:, None]).long()
+def _places(self:CRD, index):
+    "(b,) places in memory"
+    place = torch.searchsorted(self.keys, index).clamp_max(self.n_samples - 1) if index.ndim == 1 else index
+    if index.ndim != 1 or not torch.equal(self.keys[place], index):
+        raise ValueError(f"index is {tuple(index.shape)} from {int(index.min())} to {int(index.max())}; give one index per sample, among the {self.n_samples} of samples (from {int(self.keys[0])} to {int(self.keys[-1])})")
+    return place
+
+@patch
+def _draw(self:CRD, place):
+    "(b, m) places of other samples, a function of the seed and the number of steps"
+    drawn = torch.randint(self.n_samples - 1, (len(place), self.negatives), generator=generator(self.seed, 'negatives', int(self.steps))).to(place.device)
+    return drawn + (drawn >= place[:, None]).long()
 
 @patch
 def _contrast(self:CRD, student, teacher, chosen):
-    "(b,) from embeddings (b, dim), and the positive and negative indices (b, 1 + m)"
+    "(b,) from embeddings (b, dim), and the positive and negative places (b, 1 + m)"
     losses, Z = 0, []
     for embedding, memory, known in ((student, self.memory[1], self.Z[0]), (teacher, self.memory[0], self.Z[1])):
         scores = ((embedding @ memory.T).gather(1, chosen)/self.T).exp()
@@ -353,22 +362,23 @@ def _contrast(self:CRD, student, teacher, chosen):
 # %% ../nbs/10b_feature_losses.ipynb #10b-feature-losses-071
 @patch
 @torch.no_grad()
-def _remember(self:CRD, student, teacher, index):
+def _remember(self:CRD, student, teacher, place):
     "Move the memories of these samples"
-    new = self.momentum*self.memory[:, index] + (1 - self.momentum)*torch.stack([student, teacher])
-    self.memory = self.memory.index_copy(1, index, F.normalize(new, dim=2)) # not in place: the graph of the loss holds the old ones
+    new = self.momentum*self.memory[:, place] + (1 - self.momentum)*torch.stack([student, teacher])
+    self.memory = self.memory.index_copy(1, place, F.normalize(new, dim=2)) # not in place: the graph of the loss holds the old ones
     self.steps += 1
 
 @patch
 def forward(self:CRD,
     student_features:Tensor, # (b, d), or maps, which are flattened
     teacher_features:Tensor, # (b, d'), or maps; no gradient flows into them
-    index:Tensor # (b,) stable index of each sample, int64 below `n_samples`
+    index:Tensor # (b,) stable index of each sample, int64, among `samples`
 )->Tensor: # (b,), in nats, summed over the negatives
     "How badly each sample is told from the negatives; in training mode it is remembered"
     student, teacher = (F.normalize(embed(x), dim=1) for embed, x in zip((self.student, self.teacher), _vectors(student_features, teacher_features)))
-    losses = self._contrast(student, teacher, torch.cat([index[:, None], self._draw(index)], 1))
-    if self.training: self._remember(student, teacher, index)
+    place = self._places(index)
+    losses = self._contrast(student, teacher, torch.cat([place[:, None], self._draw(place)], 1))
+    if self.training: self._remember(student, teacher, place)
     return losses
 
 # %% ../nbs/10b_feature_losses.ipynb #10b-feature-losses-077
@@ -431,15 +441,15 @@ def make_feature_loss(
     name:str, # a key of `BETA`
     student_maps:list, # examples [stem, stage 1, ..., stage K, pooled, logits] of any batch, for their shapes
     teacher_maps:list, # the same of the teacher
-    n_samples:int|None=None, # CRD only: all indices are below
+    samples:int|Tensor|None=None, # CRD only: (n,) stable indices of all that train, or how many there are, from 0 on
     seed:int=0 # of first parameters, memories and negatives
 )->FeatureLoss: # on the device of the student's maps
-    "A published loss on its usual layers; raises `ValueError` for an unknown name, lists that do not fit, or CRD without `n_samples`"
+    "A published loss on its usual layers; raises `ValueError` for an unknown name, lists that do not fit, or CRD without `samples`"
     if name not in BETA: raise ValueError(f"name is {name!r}; use one of {', '.join(BETA)}")
     _check_maps(student_maps, teacher_maps)
     which, loss, keys = _USUAL[name]
     places = _places(which, len(student_maps))
-    def made(i): return loss(student_maps[i].shape[1], teacher_maps[i].shape[1], **(dict(n_samples=n_samples, seed=seed) if loss is CRD else {}))
+    def made(i): return loss(student_maps[i].shape[1], teacher_maps[i].shape[1], **(dict(samples=samples, seed=seed) if loss is CRD else {}))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, 'feature loss', name).initial_seed())
         losses = [made(i) if isinstance(loss, type) else loss for i in places]

@@ -322,7 +322,7 @@ def _taught_loss(c, name, teacher, examples, data):
     "A published loss by its name, with what it learns of the teacher before the student starts"
     if name == 'bdkd': return lambda ours, theirs, batch: bdkd_loss(ours[-1], theirs[-1], T=c.task.T)
     if name == 'pesf': return TeacherAdapter(examples[1], T=c.task.T, seed=c.task.seed)
-    loss = make_feature_loss(name, *examples, n_samples=1 + int(torch.cat([c.train.index, c.val.index]).max()), seed=c.task.seed)
+    loss = make_feature_loss(name, *examples, samples=torch.cat([c.train.index, c.val.index]), seed=c.task.seed)
     with c.clock('preparation'): pretrain(loss, teacher, data, default_outputs)
     return loss
 

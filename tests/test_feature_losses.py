@@ -28,7 +28,7 @@ def network_maps(seed, channels, size, b=B):
     return [random(b, c, s, s, seed=seed + i).float() for i, (c, s) in enumerate(shapes)] + [random(b, 4*channels, seed=seed + 8).float(), random(b, C, seed=seed + 9).float()]
 def example(name, b=B, **more):
     student, teacher = network_maps(0, 2, 8, b), network_maps(50, 3, 16, b)
-    return make_feature_loss(name, student, teacher, n_samples=N, **more), student, teacher, dict(y=labels(b), index=2*torch.arange(b))
+    return make_feature_loss(name, student, teacher, samples=N, **more), student, teacher, dict(y=labels(b), index=2*torch.arange(b))
 
 LOGIT_LOSSES = dict(dkd=lambda s, t, **k: dkd_loss(s, t, labels(), **k), dist=dist_loss, skd=spherical_kd_loss)
 VECTOR_LOSSES = dict(sp=sp_loss, cc=cc_loss, pkt=pkt_loss, rkd=rkd_loss)
@@ -379,7 +379,7 @@ def all_maps(model, x):
 def test_falls_when_trained_alone(name, digits):
     batch, teacher = digits
     student = build_model('cnn8', 10, in_channels=1, seed=0)
-    loss = make_feature_loss(name, all_maps(student, batch['x']), teacher, n_samples=1797)
+    loss = make_feature_loss(name, all_maps(student, batch['x']), teacher, samples=1797)
     def train(parameters, objective, steps=40, lr=3e-3):
         optimiser, found = torch.optim.Adam(parameters, lr), []
         for _ in range(steps):
@@ -413,14 +413,14 @@ FAULTS = {
     'too few maps': (lambda: make_feature_loss('at', [v, v], [v, v]), 'student_maps are'),
     'a map instead of a vector': (lambda: make_feature_loss('at', [m]*5, [m]*5), 'then two tensors'),
     'other number of stages': (lambda: make_feature_loss('at', network_maps(0, 2, 8), network_maps(0, 2, 8)[1:]), 'leave out stages'),
-    'no n_samples': (lambda: make_feature_loss('crd', network_maps(0, 2, 8), network_maps(0, 2, 8)), 'n_samples is None'),
+    'no samples': (lambda: make_feature_loss('crd', network_maps(0, 2, 8), network_maps(0, 2, 8)), 'samples is None'),
     'vectors for maps': (lambda: at_loss(v, m), 'student_map is'), 'maps for maps': (lambda: nst_loss(m, m[:2]), 'same batch'), 'integers': (lambda: sp_loss(v, v.long()), 'teacher_features is torch.int64'),
     'no tensor': (lambda: rkd_loss([1.], v), 'student_features is a list'), 'three dimensions': (lambda: pkt_loss(v[None], v), r'\(b, d\)'),
     'power': (lambda: at_loss(m, m, p=0), 'p is 0'), 'gamma': (lambda: cc_loss(v, v, gamma=-1.), 'gamma is'), 'order': (lambda: cc_loss(v, v, order=1.5), 'order is 1.5'),
     'temperature of DKD': (lambda: dkd_loss(v, v, labels(), T=0), 'T is 0'), 'spread': (lambda: spherical_kd_loss(v, v, spread=0.), 'spread is'), 'classes': (lambda: dist_loss(v, v[:, :3]), 'same number of classes'),
     'channels': (lambda: FitNet(3, 0), 'teacher_channels is 0'), 'channels that are a shape': (lambda: OFD((3, 4), 5), r'student_channels is \(3, 4\)'), 'variance': (lambda: VID(3, 3, variance=0.), 'variance is'),
     'rate': (lambda: FactorTransfer(3, 3, rate=1.5), 'rate is'), 'negatives': (lambda: CRD(3, 3, 10, negatives=0), 'negatives is 0'), 'momentum': (lambda: CRD(3, 3, 10, momentum=2.), 'momentum is'),
-    'index': (lambda: CRD(3, 3, 10)(v[:, :3].float(), v[:, :3].float(), torch.arange(B) + 5), 'below n_samples = 10')}
+    'index': (lambda: CRD(3, 3, 10)(v[:, :3].float(), v[:, :3].float(), torch.arange(B) + 5), 'among the 10 of samples')}
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_faults_name_the_argument(fault):
@@ -442,10 +442,22 @@ def test_every_loss_trains_in_the_loop_under_weights(name):
     train, val = (ImageBatches(d, 32, seed=0) for d in (train_set, val_set))
     student, teacher = build_model('cnn4', 10, 1, seed=1), build_model('cnn8', 10, 1, seed=0)
     first = next(iter(train.plain()))
-    loss = make_feature_loss(name, default_outputs(student, first), default_outputs(teacher, first), n_samples=2000, seed=0)
+    loss = make_feature_loss(name, default_outputs(student, first), default_outputs(teacher, first), samples=2000, seed=0)
     before = [p.clone() for p in loss.parameters() if p.requires_grad]
     w = torch.rand(len(train_set), generator=generator(0)) + .5
     run = distill(student, teacher, train, val, weights=w, extra=Extra(loss, BETA[name]), epochs=2, lr=.01, progress=False)
     assert all(torch.isfinite(p).all() for p in student.parameters()) and len(run.history) == 2
     after = [p for p in loss.parameters() if p.requires_grad]
     assert not before or any(not torch.equal(a, b) for a, b in zip(before, after))
+
+def test_memories_of_a_part_of_a_larger_set_are_those_of_the_part():
+    "Indices of a subset, in any order, against the same samples counted from 0; no memory is kept for anything else"
+    found = []
+    for samples, index in ((torch.tensor([40, 5, 9, 17]), torch.tensor([9, 40])), (4, torch.tensor([1, 3]))):
+        crd = CRD(3, 3, samples, negatives=2, seed=1)
+        with torch.no_grad():
+            for i, p in enumerate(crd.parameters()): p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p)*(i + 1))
+        found.append([crd(random(2, 3, seed=k).float(), random(2, 3, seed=9 + k).float(), index) for k in range(3)])
+        assert crd.memory.shape == (2, 4, 128)
+    for a, b in zip(*found): assert torch.equal(a, b)
+    with pytest.raises(ValueError, match='among the 4 of samples'): CRD(3, 3, torch.tensor([40, 5, 9, 17]))(torch.ones(1, 3), torch.ones(1, 3), torch.tensor([6]))
