@@ -260,4 +260,4 @@ BENCHMARK = {f'resnet{depth}': partial(cifar_resnet, depth) for depth in _DEPTHS
     'resnet50': cifar_resnet50, 'wrn_16_2': partial(wide_resnet, 16, 2), 'wrn_40_1': partial(wide_resnet, 40, 1),
     'wrn_40_2': partial(wide_resnet, 40, 2), 'vgg8': partial(cifar_vgg, 8), 'vgg13': partial(cifar_vgg, 13),
     'mobilenetv2_half': cifar_mobilenetv2_half, 'shufflenetv1': cifar_shufflenetv1, 'shufflenetv2': cifar_shufflenetv2}
-ARCHITECTURES = BENCHMARK | {f'resnet{depth}_pad': partial(cifar_resnet, depth, shortcut='pad') for depth in _DEPTHS}
+ARCHITECTURES = BENCHMARK | {f'resnet{depth}_pad': partial(cifar_resnet, depth, shortcut='pad') for depth in _DEPTHS} | {'wrn_28_2': partial(wide_resnet, 28, 2)}
