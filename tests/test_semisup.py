@@ -1,0 +1,241 @@
+"Few labels: splits, the stream of batches, the loop and its checkpoints, rules by hand, arguments that make no sense."
+import copy, math
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest, torch
+import torch.nn.functional as F
+from hypothesis import given, settings as hypothesis_settings, strategies as st
+from torch import nn
+from kd_aif import semisup as ssl
+from kd_aif.core import generator
+from kd_aif.data import ImageBatches, hold_out, load_images, long_tail, subset
+from kd_aif.losses import batch_cross_entropy
+from kd_aif.models import build_model, default_forward
+
+quick = hypothesis_settings(max_examples=25, deadline=None)
+seeds = st.integers(0, 10**6)
+SHORT = dict(steps=6, batch_size=10, ratio=2, lr=.05, every=2, progress=False)
+
+@pytest.fixture(scope='module')
+def digits(): return subset(load_images('digits'), 300, 0)
+
+@pytest.fixture(scope='module')
+def split(digits): return ssl.labelled_split(digits, 20, 0)
+
+def network(seed=0, name='cnn8'): return build_model(name, 10, 1, seed=seed)
+def train(rule, split, student=None, **more): return ssl.train_ssl(student or network(), rule, *split[:2], **(SHORT | more))
+def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# Splits and batches
+
+@quick
+@given(seeds, st.sampled_from([10, 20, 40]))
+def test_the_labelled_images_are_balanced_and_stay_among_the_unlabelled(seed, n):
+    data = subset(load_images('digits'), 300, 0)
+    labelled, unlabelled, truth = ssl.labelled_split(data, n, seed)
+    assert torch.bincount(labelled.y).tolist() == [n//10]*10 and len(labelled.index.unique()) == n
+    assert torch.equal(unlabelled.index, data.index) and torch.equal(truth.of(data.index), data.y)
+    assert torch.equal(labelled.index, ssl.labelled_split(data, n, seed)[0].index)
+    assert not torch.equal(labelled.index, ssl.labelled_split(data, n, seed + 1)[0].index)
+
+def test_unlabelled_images_have_no_labels(split):
+    labelled, unlabelled, truth = split
+    assert set(vars(unlabelled)) == {'x', 'index', 'fingerprint'} and 'y' not in ssl.SSLBatches(labelled, unlabelled, 4).at(0, ssl.VIEWS)[1]
+    assert len(unlabelled.to('cpu')) == 300
+
+@pytest.mark.parametrize('n', (0, 5, 25, -10, 20.5, None, '20'))
+def test_a_number_that_cannot_be_balanced(digits, n):
+    with pytest.raises(ValueError, match='n_labelled is .*multiple of the 10 classes'): ssl.labelled_split(digits, n, 0)
+
+def test_a_class_with_too_few_images(digits):
+    with pytest.raises(ValueError, match="needs 10 images of each class, but class '9' has"): ssl.labelled_split(long_tail(digits, 30, 0), 100, 0)
+
+def test_labels_of_another_split(split):
+    with pytest.raises(ValueError, match='index 99999 has no hidden label'): split[2].of(torch.tensor([99999]))
+    assert split[2].of(torch.tensor([], dtype=torch.int64)).tolist() == []
+
+@quick
+@given(st.integers(1, 12), st.integers(0, 60), st.integers(1, 40), seeds)
+def test_the_sequence_can_be_entered_anywhere(n, first, count, seed):
+    whole = ssl.endless_order(seed, 'a', n, 0, first + count)
+    assert torch.equal(ssl.endless_order(seed, 'a', n, first, count), whole[first:])
+    for k in range(len(whole)//n): assert whole[k*n:(k + 1)*n].sort().values.tolist() == list(range(n))
+
+def test_batches_are_a_pure_function_of_seed_and_step(split):
+    labelled, unlabelled, _ = split
+    def make(**more): return ssl.SSLBatches(labelled, unlabelled, 8, 3, **more)
+    a, b = make(), make()
+    b.at(7, ssl.VIEWS)
+    state = torch.get_rng_state()
+    for views in (('x',), ssl.VIEWS):
+        for one, other in zip(a.at(2, views), b.at(2, views)):
+            assert set(one) == set(other) and all(torch.equal(one[k], other[k]) for k in one)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(a.at(2, ('x',))[1]['x'], a.at(2, ('strong', 'x'))[1]['x'])
+    found = a.at(2, ssl.VIEWS)[1]
+    assert not torch.equal(found['x'], found['x2']) and not torch.equal(found['x'], found['strong'])
+    assert not torch.equal(make(seed=1).at(2)[0]['index'], a.at(2)[0]['index']) and not torch.equal(a.at(3)[0]['x'], a.at(2)[0]['x'])
+    assert a.at(2, ())[1] is None and len(found['x']) == 24
+
+def test_batches_are_normalised_like_others(split):
+    labelled, unlabelled, _ = split
+    batch = ssl.SSLBatches(labelled, unlabelled, 20, 1, weak=None).at(0)[0]
+    wanted = next(iter(ImageBatches(labelled, 20, shuffle=False)))
+    order = torch.searchsorted(wanted['index'].sort().values, batch['index'])
+    assert torch.allclose(batch['x'], wanted['x'][wanted['index'].argsort()][order])
+
+@pytest.mark.parametrize('change, error, message', [
+    (dict(batch_size=0), ValueError, 'batch_size=0'), (dict(ratio=0), ValueError, 'ratio=0'), (dict(batch_size=2.5), ValueError, 'batch_size=2.5'), (dict(weak='auto', strong='auto', labelled='other'), ValueError, "'other' is not a data set"),
+    (dict(unlabelled='data'), TypeError, 'unlabelled a ImageData; give the first two parts of labelled_split'), (dict(labelled='empty'), ValueError, '0 labelled and 300')])
+def test_batches_of_what_makes_none(split, digits, change, error, message):
+    labelled, unlabelled, _ = split
+    given = dict(labelled=labelled, unlabelled=unlabelled) | change
+    given['labelled'] = {'other': replace(labelled, name='other'), 'empty': labelled.take([])}.get(change.get('labelled'), labelled)
+    if change.get('unlabelled') == 'data': given['unlabelled'] = digits
+    with pytest.raises(error, match=message): ssl.SSLBatches(**given)
+
+
+# The loop
+
+def test_a_run_is_a_pure_function_of_its_seed(split):
+    a, b, c = (train(ssl.FixMatch(.3), split, seed=s) for s in (0, 0, 1))
+    assert same(a.student, b.student) and same(a.average, b.average) and a.history == b.history and not same(a.student, c.student)
+
+def test_the_global_generator_is_left_alone_and_the_student_trained_in_place(split):
+    student, state = network(), torch.get_rng_state()
+    run = train(ssl.FixMatch(.3), split, student)
+    assert torch.equal(torch.get_rng_state(), state) and run.student is student and not student.training
+    assert run.average is not student and all(p.requires_grad for p in run.average.parameters())
+
+def test_the_average_follows_its_equation(split):
+    seen = []
+    def look(step, terms): seen.append((copy.deepcopy(step.student.state_dict()), copy.deepcopy(step.average.state_dict())))
+    run = train(ssl.FixMatch(.3), split, ema=.6, weights=look)
+    seen.append((run.student.state_dict(), run.average.state_dict()))
+    for k in range(6):
+        d = min(.6, 1 - 1/(k + 1))
+        for name, before in seen[k][1].items():
+            if 'running' in name or 'tracked' in name: continue # the student's have seen the next batch already when it is looked at
+            assert torch.allclose(seen[k + 1][1][name], d*before + (1 - d)*seen[k + 1][0][name], atol=1e-6)
+
+def test_the_learning_rate_follows_the_cosine(split):
+    rates = []
+    train(ssl.FixMatch(), split, weights=lambda step, terms: rates.append(step.lr))
+    assert rates == pytest.approx([.05*math.cos(7*math.pi*k/(16*6)) for k in range(6)])
+
+def test_one_step_by_hand(split):
+    student = network(name='mlp16')
+    before = copy.deepcopy(student)
+    plain_sgd = lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr)
+    train(ssl.FixMatch(0.), split, student, steps=1, every=1, make_optimizer=plain_sgd, weights=lambda step, terms: torch.arange(20.))
+    batch, others = ssl.SSLBatches(*split[:2], 10, 2).at(0, ssl.VIEWS)
+    z, weak, strong = (before(x) for x in (batch['x'], others['x'], others['strong']))
+    loss = F.cross_entropy(z, batch['y']) + (torch.arange(20.)*F.cross_entropy(strong, weak.argmax(1), reduction='none')).mean()
+    for p, q, g in zip(before.parameters(), student.parameters(), torch.autograd.grad(loss, list(before.parameters()))): assert torch.allclose(q, p - .05*g, atol=1e-6)
+
+def test_evaluations(split, digits):
+    val, test = hold_out(load_images('digits', 'test'), 60, 0)[::-1]
+    calls = []
+    run = train(ssl.FixMatch(.3), split, val=val, test=ImageBatches(test, 100), steps=7, every=3, measure=lambda model, forward: calls.append(model) or dict(found=1.))
+    assert [row['step'] for row in run.history] == [3, 6, 7] and all(m is run.student for m in calls)
+    assert set(run.history[0]) == {'step', 'lr', 'loss_labelled', 'loss_unlabelled', 'mask', 'val_accuracy', 'found'}
+    assert run.metrics['val_accuracy'] == run.history[-1]['val_accuracy'] and 0 <= run.metrics['test_accuracy'] <= 1
+    assert run.metrics['val_accuracy'] == ssl.evaluate(run.average, ImageBatches(val, 60))['accuracy']
+    assert '**fixmatch**, 20 labelled and 300 unlabelled images, 7 steps' in repr(run) and set(run.seconds) == {'training', 'evaluation'}
+
+def test_fine_tuning_changes_the_average_alone(split):
+    a, b = train(ssl.FixMatch(.3), split), train(ssl.FixMatch(.3), split, finetune=3, finetune_lr=.01)
+    assert same(a.student, b.student) and not same(a.average, b.average) and 'fine-tuning' in b.seconds
+    assert b.config['finetune'] == 3 and not b.average.training
+
+@pytest.mark.parametrize('name', ('cnn8', 'resnet20'))
+def test_autocast_trains_and_stays_finite(split, name):
+    run = train(ssl.FixMatch(.1), split, network(name=name), autocast=torch.bfloat16, steps=2)
+    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in run.student.parameters())
+
+
+# Checkpoints
+
+class Stop(Exception): pass
+
+def interrupted(rule, split, path, at, **more):
+    "A run that breaks off in step `at`"
+    def weights(step, terms):
+        if step.number == at: raise Stop
+    with pytest.raises(Stop): train(rule, split, checkpoint=path, weights=weights, **more)
+
+def resumes(make, split, path):
+    "Does a run that is interrupted twice end like one that is not? Without weights for rules that have none"
+    whole = train(make(), split, weights=lambda step, terms: None)
+    for at in (3, 5): interrupted(make(), split, path, at)
+    found = train(make(), split, checkpoint=path, weights=lambda step, terms: None)
+    assert same(whole.student, found.student) and same(whole.average, found.average) and whole.history == found.history
+    if whole.state is not None: assert all(torch.equal(v, found.state.state_dict()[k]) for k, v in whole.state.state_dict().items() if torch.is_tensor(v))
+
+def test_an_interrupted_run_ends_bit_by_bit_like_another(split, tmp_path): resumes(lambda: ssl.FixMatch(.3), split, tmp_path/'deep'/'run.pt')
+
+def test_a_finished_run_is_only_measured_again(split, tmp_path):
+    a = train(ssl.FixMatch(.3), split, checkpoint=tmp_path/'a.pt')
+    b = train(ssl.FixMatch(.3), split, checkpoint=tmp_path/'a.pt', weights=None)
+    assert same(a.average, b.average) and a.history == b.history and sorted(p.name for p in tmp_path.iterdir()) == ['a.pt']
+
+def test_weights_with_a_memory_are_part_of_the_checkpoint(split, tmp_path):
+    class Counting(nn.Module):
+        def __init__(self, stop=None): super().__init__(); self.register_buffer('n', torch.tensor(0)); self.stop = stop
+        def forward(self, step, terms):
+            if step.number == self.stop: raise Stop
+            self.n += 1
+            return self.n*torch.ones_like(terms.unsupervised)
+    a, c = Counting(), Counting()
+    whole = train(ssl.FixMatch(.3), split, weights=a)
+    with pytest.raises(Stop): train(ssl.FixMatch(.3), split, weights=Counting(5), checkpoint=tmp_path/'a.pt')
+    assert same(whole.student, train(ssl.FixMatch(.3), split, weights=c, checkpoint=tmp_path/'a.pt').student) and int(c.n) == 6
+
+@pytest.mark.parametrize('change, message', [
+    (dict(seed=1), 'seed=0, not 1'), (dict(lr=.1), 'lr=0.05, not 0.1'), (dict(steps=8), 'steps=6, not 8'), (dict(rule=ssl.FixMatch(.4)), r'rule=.*threshold=0.3'),
+    (dict(weak=None), 'weak='), (dict(weights=lambda step, terms: None), 'weighted=False, not True'), (dict(student=network(5)), 'student='), (dict(ema=.5), 'ema=0.999, not 0.5')])
+def test_a_checkpoint_of_another_run(split, tmp_path, change, message):
+    train(ssl.FixMatch(.3), split, checkpoint=tmp_path/'a.pt')
+    with pytest.raises(ValueError, match=message): train(change.pop('rule', ssl.FixMatch(.3)), split, checkpoint=tmp_path/'a.pt', **change)
+
+def test_a_damaged_checkpoint(split, tmp_path):
+    (tmp_path/'a.pt').write_bytes(b'not a checkpoint')
+    with pytest.raises(ValueError, match='cannot be read .*delete it to begin anew'): train(ssl.FixMatch(), split, checkpoint=tmp_path/'a.pt')
+
+
+# Settings
+
+@pytest.mark.parametrize('change, error, message', [
+    (dict(rule='fixmatch'), TypeError, "rule is 'fixmatch'; give an object such as FixMatch"), (dict(rule=ssl.FixMatch), TypeError, 'give an object'), (dict(steps=0), ValueError, 'steps is 0'),
+    (dict(steps=1.5), ValueError, 'steps is 1.5'), (dict(lr=0.), ValueError, 'lr is 0.0'), (dict(lr='a'), TypeError, "lr is 'a'"), (dict(ema=1.5), ValueError, 'ema is 1.5'), (dict(finetune=-1), ValueError, 'finetune is -1'),
+    (dict(every=0), ValueError, 'every is 0'), (dict(weights=torch.ones(3)), TypeError, 'weights is a Tensor; give a function'), (dict(weights=lambda s, t: torch.ones(3)), ValueError, 'one weight per sample'),
+    (dict(rule=ssl.Supervised(), weights=lambda s, t: None), ValueError, "rule 'supervised' has no unlabelled images to weigh"), (dict(student=build_model('cnn8', 7, 1)), ValueError, 'student has 7 classes, the data 10')])
+def test_settings_that_make_no_sense(split, change, error, message):
+    with pytest.raises(error, match=message): train(change.pop('rule', ssl.FixMatch()), split, **change)
+
+def test_a_loss_that_is_not_finite(split):
+    with pytest.raises(ValueError, match='fixmatch: the loss is not finite before step 2; use a smaller lr than'): train(ssl.FixMatch(0.), split, lr=1e20)
+
+def test_a_rule_that_wants_a_view_that_is_not_there(split):
+    class Odd(ssl.Rule): name, views = 'odd', ('x3',)
+    with pytest.raises(ValueError, match=r"wants the views \['x3'\]; there are x, x2, strong"): train(Odd(), split)
+
+@pytest.mark.parametrize('make, message', [(lambda: ssl.FixMatch(1.5), 'threshold is 1.5'), (lambda: ssl.FixMatch(weight=-1), 'weight is -1'), (lambda: ssl.PseudoLabel(ramp=2.), 'ramp is 2.0'), (lambda: ssl.PseudoLabel(weight=math.inf), 'weight is inf')])
+def test_settings_of_rules(make, message):
+    with pytest.raises(ValueError, match=message): make()
+
+
+# Measuring pseudo-labels
+
+def test_the_meter_counts_what_it_should(split):
+    labelled, unlabelled, truth = split
+    meter = ssl.PseudoLabelMeter(labelled, unlabelled, truth, threshold=.4, limit=100)
+    assert len(meter.chosen) == 100 and not set(unlabelled.index[meter.chosen].tolist()) & set(labelled.index.tolist())
+    p, y = meter.logits(network()).softmax(1), truth.of(unlabelled.index[meter.chosen])
+    sure, right = p.amax(1) >= .4, p.argmax(1) == y
+    found = meter(network())
+    assert found['coverage'] == pytest.approx(float(sure.float().mean())) and found['pseudo_accuracy'] == pytest.approx(float(right.float().mean()))
+    assert ssl.PseudoLabelMeter(labelled, unlabelled, truth, threshold=1.)(network())['precision'] is None
+    with pytest.raises(ValueError, match='every image has a label'): ssl.PseudoLabelMeter(*ssl.labelled_split(labelled, 20, 0)).chosen
