@@ -1,14 +1,12 @@
 "Few labels: splits, the stream of batches, the loop and its checkpoints, rules by hand, arguments that make no sense."
 import copy, math
 from dataclasses import replace
-from fractions import Fraction
 
 import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 from torch import nn
 from kd_aif import semisup as ssl
-from kd_aif.core import generator
 from kd_aif.data import ImageBatches, hold_out, load_images, long_tail, subset
 from kd_aif.losses import batch_cross_entropy
 from kd_aif.models import build_model, default_forward
@@ -239,3 +237,204 @@ def test_the_meter_counts_what_it_should(split):
     assert found['coverage'] == pytest.approx(float(sure.float().mean())) and found['pseudo_accuracy'] == pytest.approx(float(right.float().mean()))
     assert ssl.PseudoLabelMeter(labelled, unlabelled, truth, threshold=1.)(network())['precision'] is None
     with pytest.raises(ValueError, match='every image has a label'): ssl.PseudoLabelMeter(*ssl.labelled_split(labelled, 20, 0)).chosen
+
+
+# Rules
+
+CHECKED = [n for n in ssl.SSL_RULES if n != 'supervised_all']
+
+def make(name, split): return ssl.SSL_RULES[name](split[2]) if name == 'supervised_all' else ssl.SSL_RULES[name]()
+
+def step_of(split, rule, student=None, average=None, number=3, k=0, double=False):
+    "A step of the loop without the loop"
+    student = student or network(name='mlp16')
+    student = student.double() if double else student
+    labelled, others = ssl.SSLBatches(*split[:2], 10, 2).at(k, rule.views)
+    if double: labelled, others = ({n: v.double() if v.is_floating_point() else v for n, v in b.items()} if b else b for b in (labelled, others))
+    state = rule.start(student, split[1], 10, lambda m: ssl.ssl_sgd(m, .05))
+    return ssl.SSLStep(student, (average or copy.deepcopy(student)).eval(), labelled, others, number, 6, .05, default_forward, state)
+
+def test_names_of_records():
+    assert list(ssl.SSL_RULES) == ['supervised', 'supervised_all', 'pseudo_label', 'temporal_ensembling', 'mean_teacher', 'vat', 'ict', 'uda', 'fixmatch', 'lga', 'mpl']
+    assert all(name == maker.name for name, maker in ssl.SSL_RULES.items())
+
+@pytest.mark.parametrize('name', ssl.SSL_RULES)
+def test_one_loss_for_each_image(split, name):
+    rule = make(name, split)
+    step = step_of(split, rule, network())
+    terms = rule(step)
+    assert terms.supervised.shape == (10,) and torch.isfinite(terms.total())
+    if name == 'supervised': return
+    assert terms.unsupervised.shape == (20,) and (terms.unsupervised >= -1e-6).all()
+    for o in (terms.mask, terms.labels): assert o is None or o.shape == (20,)
+    twice = terms.total(torch.full((20,), 2.)) - terms.total(torch.ones(20))
+    assert torch.allclose(twice, terms.weight*terms.unsupervised.mean(), atol=1e-6)
+
+@pytest.mark.parametrize('name', [n for n in ssl.SSL_RULES if n != 'supervised'])
+def test_a_run_with_any_rule_goes_on_bit_by_bit(split, name, tmp_path): resumes(lambda: make(name, split), split, tmp_path/'run.pt')
+
+def test_only_the_ceiling_has_hidden_labels(split):
+    with pytest.raises(TypeError, match='truth'): ssl.SSL_RULES['supervised_all']()
+    assert [n for n in ssl.SSL_RULES if any(isinstance(v, ssl.HiddenLabels) for v in vars(make(n, split)).values())] == ['supervised_all']
+    step = step_of(split, make('supervised_all', split))
+    assert torch.equal(make('supervised_all', split)(step).labels, split[2].of(step.unlabelled['index']))
+
+@pytest.mark.parametrize('name', [n for n in ssl.SSL_RULES if n != 'supervised'])
+def test_with_weight_zero_an_image_is_not_learned(split, name):
+    rule = make(name, split)
+    step = step_of(split, rule)
+    rule(step); terms = rule(step) # a second time: memories have a target
+    terms.total(torch.zeros(20)).backward(retain_graph=True)
+    zero = [None if p.grad is None else p.grad.clone() for p in step.student.parameters()]
+    step.student.zero_grad()
+    if terms.supervised.requires_grad: terms.supervised.mean().backward()
+    for p, g in zip(step.student.parameters(), zero): assert torch.allclose(torch.zeros_like(p) if g is None else g, torch.zeros_like(p) if p.grad is None else p.grad, atol=1e-7)
+
+@pytest.mark.parametrize('name', CHECKED)
+def test_bf16_and_other_networks(split, name):
+    run = train(make(name, split), split, network(name='wrn_16_2'), autocast=torch.bfloat16, steps=1, batch_size=4)
+    assert all(torch.isfinite(p).all() for p in run.student.parameters())
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: ssl.TemporalEnsembling(1.), 'alpha is 1.0'), (lambda: ssl.ICT(alpha=0.), 'alpha is 0.0'), (lambda: ssl.VAT(radius=0.), 'radius is 0.0'), (lambda: ssl.VAT(iterations=-1), 'iterations is -1'),
+    (lambda: ssl.UDA(T=0.), 'T is 0.0'), (lambda: ssl.UDA(tsa='log10'), "tsa is 'log10'; use None or one of linear, exp, log"), (lambda: ssl.LGA(rate=-1.), 'rate is -1.0'), (lambda: ssl.MeanTeacher(weight=-1.), 'weight is -1.0'),
+    (lambda: ssl.MetaPseudoLabels('soft'), "labels is 'soft'; use 'argmax' or 'sample'"), (lambda: ssl.MetaPseudoLabels(uda=-1), 'uda is -1'), (lambda: ssl.MetaPseudoLabels(smoothing=2.), 'smoothing is 2.0')])
+def test_settings_of_the_other_rules(make, message):
+    with pytest.raises(ValueError, match=message): make()
+
+@quick
+@given(seeds, st.floats(0, .95), st.integers(1, 6))
+def test_the_memory_is_a_weighted_mean(seed, alpha, times):
+    p = torch.rand(times, 2, 3, generator=torch.Generator().manual_seed(seed)).softmax(2)
+    memory = ssl.OutputMemory(2, 3, alpha)
+    for o in p: memory.add(torch.arange(2), o)
+    shares = torch.tensor([alpha**k for k in range(times)][::-1])
+    assert torch.allclose(memory.target(torch.arange(2))[0], (shares[:, None, None]*p).sum(0)/shares.sum(), atol=1e-5)
+
+def test_the_teacher_is_the_average(split):
+    rule = ssl.MeanTeacher()
+    student, teacher = network(name='mlp16'), network(5, 'mlp16')
+    step = step_of(split, rule, student, teacher)
+    wanted = (student(step.unlabelled['x2']).softmax(1) - teacher(step.unlabelled['x']).softmax(1)).square().mean(1)
+    assert torch.allclose(rule(step).unsupervised, wanted, atol=1e-6)
+    assert rule.labeller(student, teacher, None) is teacher
+
+def test_passes_of_the_average_leave_its_statistics_alone(split):
+    for rule in (ssl.MeanTeacher(), ssl.ICT()):
+        step = step_of(split, rule, network())
+        before = copy.deepcopy(step.average)
+        rule(step)
+        assert same(before, step.average) and not step.average.training
+
+def test_statistics_stay_when_an_error_occurs():
+    model = network().eval()
+    with pytest.raises(Stop):
+        with ssl.untouched_statistics(model): raise Stop
+    assert not model.training and all(m.momentum == .1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+def test_vat_moves_the_statistics_once(split):
+    rule, student = ssl.VAT(), network().train()
+    step = step_of(split, rule, student)
+    rule(step)
+    assert int(student[2].num_batches_tracked) == 1
+
+@quick
+@given(seeds, st.floats(.01, 2.))
+def test_the_disturbance_has_its_length_also_where_gradients_are_tiny(seed, radius):
+    torch.manual_seed(seed)
+    x, scale = torch.randn(4, 1, 5, 5), 1e-15
+    r = ssl.adversarial_direction(lambda moved: scale*(moved - x).square().flatten(1).sum(1), x, radius)
+    assert torch.allclose(r.square().mean((1, 2, 3)).sqrt(), torch.full((4,), radius), rtol=1e-4)
+
+def test_signal_annealing():
+    losses = -torch.tensor([.95, .6, .3]).log()
+    for name, growth in ssl.TSA.items(): assert growth(1.) == pytest.approx(1., abs=.01) and growth(0.) <= .01
+    assert torch.equal(ssl.UDA(tsa='log').signal(losses, 10, 0.), torch.zeros(3)) # nothing below one tenth
+    assert torch.allclose(ssl.UDA(tsa='linear').signal(losses, 2, .5), torch.stack([0*losses[0], 1.5*losses[1], 1.5*losses[2]]))
+
+@quick
+@given(seeds, st.floats(.2, 3.))
+def test_sharpening_is_never_negative_and_zero_at_the_target(seed, T):
+    z = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
+    assert (ssl.sharpened_divergence(z, z.flip(0), T) >= -1e-6).all() and torch.allclose(ssl.sharpened_divergence(z, z/T, T), torch.zeros(4), atol=1e-5)
+
+def test_the_distance_falls_when_labels_follow_its_slope(split):
+    student = network(name='mlp16')
+    batch, others = ssl.SSLBatches(*split[:2], 10, 2).at(0)
+    parameters = list(student.parameters())
+    def distance(a): return ssl.gradient_distance(parameters, F.cross_entropy(student(batch['x']), batch['y']), -(a.softmax(1)*student(others['x']).log_softmax(1)).sum(1).mean())[0]
+    a = torch.zeros(20, 10, requires_grad=True)
+    slope, = torch.autograd.grad(distance(a), a)
+    assert distance(a - .1*slope/slope.norm()) < distance(a) < distance(a + .1*slope/slope.norm())
+    assert slope.sum(1).abs().max() < 1e-5 # a softmax does not mind a constant
+
+def test_learned_labels_begin_with_the_network_and_are_remembered():
+    labels = ssl.ImputedLabels(3, 2)
+    first = torch.tensor([[1., 2.], [3., 4.]])
+    assert torch.equal(labels.read(torch.tensor([2, 0]), first), first)
+    labels.write(torch.tensor([2, 2]), first)
+    assert labels.read(torch.tensor([2, 1]), 9*first).tolist() == [[2., 3.], [27., 36.]]
+
+@pytest.mark.parametrize('labels', ('argmax', 'sample'))
+def test_the_feedback_is_the_inner_product(split, labels):
+    "Change of the labelled loss ≈ η·∇L(θ')·g; positive where the pseudo-labels are the labels themselves"
+    rule, lr = ssl.MetaPseudoLabels(labels, smoothing=0., make_teacher=lambda: network(4, 'mlp16').double()), 1e-4
+    step = step_of(split, rule, double=True)
+    torch.manual_seed(0); terms = rule(step)
+    student, batch = step.student, step.labelled
+    g = torch.autograd.grad(terms.total(), list(student.parameters()))
+    before = terms.supervised.mean()
+    with torch.no_grad():
+        for p, d in zip(student.parameters(), g): p.sub_(lr*d)
+    new = torch.autograd.grad(F.cross_entropy(student(batch['x']), batch['y']), list(student.parameters()))
+    product = lr*sum((a*b).sum() for a, b in zip(new, g))
+    assert float(before - ssl.labelled_losses(step).mean()) == pytest.approx(float(product), rel=1e-2)
+
+def test_the_mean_score_is_the_feedback_to_first_order(split):
+    student = network(name='mlp16').double()
+    labelled, others = ssl.SSLBatches(*split[:2], 10, 2).at(1)
+    labelled, pseudo = dict(labelled, x=labelled['x'].double()), dict(x=others['x'].double(), y=torch.arange(20) % 10, index=others['index'])
+    scores = ssl.feedback_scores(student, labelled, pseudo)
+    g = torch.autograd.grad(batch_cross_entropy(student(pseudo['x']), pseudo).mean(), list(student.parameters()))
+    def loss(model): return float(F.cross_entropy(model(labelled['x']), labelled['y']).detach())
+    before, ratio = loss(student), []
+    for lr in (1e-3, 1e-4):
+        moved = copy.deepcopy(student)
+        with torch.no_grad():
+            for p, d in zip(moved.parameters(), g): p.sub_(lr*d)
+        h = before - loss(moved)
+        ratio.append(abs(h/(lr*float(scores.mean())) - 1))
+    assert ratio[1] < 1e-3 and ratio[1] < ratio[0]/5
+    own = ssl.feedback_scores(student, labelled, labelled)
+    assert own.mean() > 0 # learning the labelled images themselves lowers their loss
+
+def test_the_students_labels_are_only_measured(split):
+    rule = ssl.MetaPseudoLabels()
+    step = step_of(split, rule, network())
+    terms = rule(step)
+    assert not terms.supervised.requires_grad and terms.mask is None
+    before = copy.deepcopy(step.state.network.state_dict()), copy.deepcopy(step.student.state_dict())
+    rule.after(step, terms)
+    assert any(not torch.equal(v, before[0][k]) for k, v in step.state.network.state_dict().items())
+    assert all(torch.equal(v, before[1][k]) for k, v in step.student.state_dict().items()) # neither weights nor statistics
+
+def test_without_feedback_the_teacher_is_alone(split):
+    "Its loss is then cross-entropy and UDA, whatever the student does"
+    rule = ssl.MetaPseudoLabels(feedback=0.)
+    a, b = (train(rule, split, network(s), seed=0) for s in (0, 0))
+    assert same(a.state.network, b.state.network)
+    step = step_of(split, rule); terms = rule(step)
+    assert torch.equal(rule.teacher_loss(step, terms, torch.tensor(5.)), rule.teacher_loss(step, terms, torch.tensor(0.)))
+
+def test_the_usual_feedback_is_a_moving_mean(split):
+    rule = ssl.MetaPseudoLabels()
+    step = step_of(split, rule); terms = rule(step)
+    with torch.no_grad():
+        for p in step.student.parameters(): p.mul_(.5)
+    h = float(terms.supervised.mean() - ssl.labelled_losses(step).mean())
+    rule.after(step, terms)
+    assert float(step.state.usual) == pytest.approx(.01*h, rel=1e-4) and h != 0
+
+def test_a_teacher_of_another_kind(split):
+    run = train(ssl.MetaPseudoLabels(make_teacher=lambda: network(3, 'cnn16')), split, measure=lambda model, forward: dict(width=float(model[0].out_channels)))
+    assert run.history[-1]['width'] == 16. and run.student[0].out_channels == 8
