@@ -193,6 +193,7 @@ class Rule:
     "A semi-supervised method: calling it with an `SSLStep` gives `Terms`; what a rule must remember is in the module that `start` returns, so that checkpoints hold it"
     name:ClassVar[str] = '' # in records and tables
     views:ClassVar[tuple] = () # which views of unlabelled images it wants, see `VIEWS`
+    labeller:ClassVar[str] = 'student' # who writes the pseudo-labels: 'student', 'average' (its moving average) or 'teacher' (`state.network`)
 
     def start(self,
         student:nn.Module, # before the first step
@@ -208,14 +209,6 @@ class Rule:
         terms:Terms # what the call gave
     )->None: # nothing
         "What follows the student's update; by default nothing"
-
-    def labeller(self,
-        student:nn.Module, # the network in training
-        average:nn.Module, # its average
-        state:nn.Module|None # see `start`
-    )->nn.Module: # one of the networks
-        "Who writes the pseudo-labels; by default the student"
-        return student
 
 # %% ../nbs/11_semisup.ipynb #5c81b912
 def _cross_entropy(z, y, smoothing=0.): return F.cross_entropy(z, y, reduction='none', label_smoothing=smoothing)
@@ -443,6 +436,8 @@ def _check_ssl(student, rule, labelled, weights, steps, lr, ema, finetune, every
     found = count_classes(student, batches.at(0, ())[0], forward)
     if found != labelled.n_classes: raise ValueError(f"student has {found} classes, the data {labelled.n_classes}; build it with n_classes={labelled.n_classes}")
 
+def _labeller(rule, student, average, state): return dict(student=student, average=average, teacher=getattr(state, 'network', None))[rule.labeller]
+
 def _digest_of(model): return _digest(*(v.flatten() for v in model.state_dict().values()))
 
 def _evaluation(name, model, data, forward):
@@ -482,7 +477,7 @@ def train_ssl(
     weak='auto', # weak view, see `SSLBatches`
     strong='auto', # strong view
     weights:Callable|None=None, # weights(step, terms) -> (u,) of the unlabelled images, or None; with a `state_dict` it is part of the checkpoint
-    measure:Callable|None=None, # measure(model, forward) -> dict, such as a `PseudoLabelMeter`; called with the rule's labeller at each evaluation
+    measure:Callable|None=None, # measure(model, forward) -> dict, such as a `PseudoLabelMeter`; called at each evaluation with the network that writes the pseudo-labels
     ema:float=.999, # largest decay of the averaged weights
     finetune:int=0, # steps on the labelled images alone at the end, for the averaged weights
     finetune_lr:float=1e-3, # their learning rate
@@ -528,7 +523,7 @@ def train_ssl(
             if not math.isfinite(found.pop('loss')): raise ValueError(f"{rule.name}: the loss is not finite before step {number}; use a smaller lr than {lr}")
             with watch('evaluation'):
                 seen = {k: v for k, v in _evaluation('val', average, val, slow).items() if k == 'val_accuracy'}
-                history.append(dict(step=number, lr=lr*share, **found, **seen, **(measure(rule.labeller(student, average, state), slow) if measure else {})))
+                history.append(dict(step=number, lr=lr*share, **found, **seen, **(measure(_labeller(rule, student, average, state), slow) if measure else {})))
             _save(checkpoint, config, parts, step=number, history=history, seconds=watch.seconds)
             bar.set_postfix({k: f'{v:.3f}' for k, v in history[-1].items() if k in ('loss_labelled', 'mask', 'val_accuracy', 'precision') and v is not None})
         bar.close()
@@ -639,7 +634,12 @@ class TemporalEnsembling(Rule):
         _check_rule(self)
         if not 0 <= self.alpha < 1: raise ValueError(f"alpha is {self.alpha!r}; give a number from 0, below 1")
 
-    def start(self, student, unlabelled, n_classes, make_optimizer)->OutputMemory: # empty
+    def start(self,
+        student:nn.Module, # for its device
+        unlabelled:UnlabelledImages, # for their number
+        n_classes:int, # C
+        make_optimizer:Callable # not needed
+    )->OutputMemory: # empty
         "A row for each image"
         return OutputMemory(len(unlabelled), n_classes, self.alpha).to(next(student.parameters()).device)
 
@@ -657,12 +657,9 @@ class MeanTeacher(Rule):
     weight:float = 50. # of the unlabelled term
     ramp:float = .4 # share of the steps over which the weight grows
     name:ClassVar[str] = 'mean_teacher'
+    labeller:ClassVar[str] = 'average'
     views:ClassVar[tuple] = 'x', 'x2'
     def __post_init__(self): _check_rule(self)
-
-    def labeller(self, student, average, state)->nn.Module: # the average
-        "The averaged network is the teacher"
-        return average
 
     def __call__(self, step:SSLStep)->Terms: # without a mask
         "The losses of a step"
@@ -678,12 +675,9 @@ class ICT(Rule):
     weight:float = 50. # of the unlabelled term
     ramp:float = .4 # share of the steps over which the weight grows
     name:ClassVar[str] = 'ict'
+    labeller:ClassVar[str] = 'average'
     views:ClassVar[tuple] = 'x',
     def __post_init__(self): _check_rule(self); check_positive('alpha', self.alpha)
-
-    def labeller(self, student, average, state)->nn.Module: # the average
-        "The averaged network is the teacher"
-        return average
 
     def at(self,
         step:SSLStep, # the step
@@ -839,7 +833,12 @@ class LGA(Rule):
         _check_rule(self)
         if not 0 <= self.rate < math.inf: raise ValueError(f"rate is {self.rate!r}; give a number of 0 or more")
 
-    def start(self, student, unlabelled, n_classes, make_optimizer)->ImputedLabels: # empty
+    def start(self,
+        student:nn.Module, # for its device
+        unlabelled:UnlabelledImages, # for their number
+        n_classes:int, # C
+        make_optimizer:Callable # not needed
+    )->ImputedLabels: # empty
         "A row for each image"
         return ImputedLabels(len(unlabelled), n_classes).to(next(student.parameters()).device)
 
@@ -905,20 +904,22 @@ class MetaPseudoLabels(Rule):
     weight:float = 1. # of the student's loss
     make_teacher:Callable|None = field(default=None, repr=False) # makes a new network; None: a copy of the student as it is at the start
     name:ClassVar[str] = 'mpl'
+    labeller:ClassVar[str] = 'teacher'
     views:ClassVar[tuple] = 'x', 'strong'
     def __post_init__(self):
         _check_rule(self); check_positive('T', self.T)
         if self.labels not in ('argmax', 'sample'): raise ValueError(f"labels is {self.labels!r}; use 'argmax' or 'sample'")
         if not 0 <= self.uda < math.inf: raise ValueError(f"uda is {self.uda!r}; give a number of 0 or more")
 
-    def start(self, student, unlabelled, n_classes, make_optimizer)->Teacher: # untrained
+    def start(self,
+        student:nn.Module, # copied if there is no `make_teacher`
+        unlabelled:UnlabelledImages, # not looked at
+        n_classes:int, # not looked at
+        make_optimizer:Callable # make_optimizer(model) -> optimizer
+    )->Teacher: # untrained
         "The teacher"
         network = copy.deepcopy(student) if self.make_teacher is None else self.make_teacher().to(next(student.parameters()).device)
         return Teacher(network, make_optimizer(network))
-
-    def labeller(self, student, average, state)->nn.Module: # the teacher
-        "The teacher"
-        return state.network
 
     def __call__(self, step:SSLStep)->Terms: # the labelled loss is measured, not learned
         "The student's losses of a step"
@@ -939,7 +940,10 @@ class MetaPseudoLabels(Rule):
         uda = (mask*sharpened_divergence(weak, strong, self.T)).mean()
         return _cross_entropy(z, step.labelled['y'], self.smoothing).mean() + self.uda*linear_ramp(step.number, step.steps, self.ramp)*uda + self.feedback*h*_cross_entropy(strong, terms.labels).mean()
 
-    def after(self, step:SSLStep, terms:Terms)->None: # nothing
+    def after(self,
+        step:SSLStep, # the step
+        terms:Terms # what the call gave
+    )->None: # nothing
         "Measure what the student's step did, and let the teacher learn from it"
         with untouched_statistics(step.student): h = terms.supervised.mean() - labelled_losses(step).mean()
         step.state.usual.lerp_(h, .01)
