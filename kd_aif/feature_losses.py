@@ -315,7 +315,7 @@ class CRD(nn.Module):
         teacher_channels:int, # numbers in the teacher's feature vector
         samples:int|Tensor, # (n,) stable indices of all that train, or a number n: then 0 to n - 1
         dim:int=128, # numbers in an embedding
-        negatives:int=16384, # negatives for each sample, not more than all the others
+        negatives:int|None=None, # negatives for each sample, not more than all the others; None: a third of all samples, at most 16,384 as for the 50,000 of CIFAR-100
         T:float=.07, # temperature τ of the similarities
         momentum:float=.5, # how much of the old memory is kept at each visit, in [0, 1]
         seed:int=0 # of the first memories and the negatives
@@ -323,6 +323,7 @@ class CRD(nn.Module):
         super().__init__()
         _check_channels(student_channels=student_channels, teacher_channels=teacher_channels, dim=dim)
         keys = samples.sort().values if isinstance(samples, Tensor) else torch.arange(samples if isinstance(samples, int) else 0)
+        negatives = max(1, min(16384, len(keys)//3)) if negatives is None else negatives
         for name, value, least in (('samples', len(keys) if isinstance(samples, Tensor) else samples, 2), ('negatives', negatives, 1)):
             if not isinstance(value, int) or value < least: raise ValueError(f"{name} is {value!r}; give a whole number from {least}")
         check_positive('T', T); check_fraction('momentum', momentum)
