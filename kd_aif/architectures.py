@@ -158,14 +158,14 @@ def _vgg_stage(n_in, n_out, n_convolutions, pool):
     return nn.Sequential(*([nn.MaxPool2d(2)] if pool else []), *layers)
 
 def cifar_vgg(
-    depth:int, # 8 or 13
+    depth:int, # 8, 11 or 13
     n_classes:int, # number of logits
     in_channels:int=3, # channels of the images
 ) -> StagedNet: # images (b, in_channels, 32, 32), at least 8×8 → logits (b, n_classes)
-    "VGG with batch normalisation for small images (after Simonyan and Zisserman, 2015, configuration B); raises ValueError for another `depth`."
-    if depth not in (8, 13): raise ValueError(f"depth={depth}: there are vgg8 and vgg13; larger ones are 'torchvision/vgg16_bn' and the like")
-    widths, n = (in_channels, 64, 128, 256, 512, 512), {8: 1, 13: 2}[depth]
-    stages = [_vgg_stage(n_in, n_out, n, pool) for n_in, n_out, pool in zip(widths, widths[1:], (False, True, True, True, False))]
+    "VGG with batch normalisation for small images (after Simonyan and Zisserman, 2015, configurations A and B); raises ValueError for another `depth`."
+    if depth not in (8, 11, 13): raise ValueError(f"depth={depth}: there are vgg8, vgg11 and vgg13; larger ones are 'torchvision/vgg16_bn' and the like")
+    widths, convolutions = (in_channels, 64, 128, 256, 512, 512), {8: (1,)*5, 11: (1, 1, 2, 2, 2), 13: (2,)*5}[depth]
+    stages = [_vgg_stage(n_in, n_out, n, pool) for n_in, n_out, n, pool in zip(widths, widths[1:], convolutions, (False, True, True, True, False))]
     return _he_normal(StagedNet(stages, nn.Linear(widths[-1], n_classes)), classifier_std=.01)
 
 # %% ../nbs/03b_architectures.ipynb #03b-architectures-026
@@ -260,4 +260,5 @@ BENCHMARK = {f'resnet{depth}': partial(cifar_resnet, depth) for depth in _DEPTHS
     'resnet50': cifar_resnet50, 'wrn_16_2': partial(wide_resnet, 16, 2), 'wrn_40_1': partial(wide_resnet, 40, 1),
     'wrn_40_2': partial(wide_resnet, 40, 2), 'vgg8': partial(cifar_vgg, 8), 'vgg13': partial(cifar_vgg, 13),
     'mobilenetv2_half': cifar_mobilenetv2_half, 'shufflenetv1': cifar_shufflenetv1, 'shufflenetv2': cifar_shufflenetv2}
-ARCHITECTURES = BENCHMARK | {f'resnet{depth}_pad': partial(cifar_resnet, depth, shortcut='pad') for depth in _DEPTHS} | {'wrn_28_2': partial(wide_resnet, 28, 2)}
+ARCHITECTURES = BENCHMARK | {f'resnet{depth}_pad': partial(cifar_resnet, depth, shortcut='pad') for depth in _DEPTHS} | {
+    'wrn_28_2': partial(wide_resnet, 28, 2), 'resnet20x4': partial(cifar_resnet, 20, widths=(32, 64, 128, 256)), 'vgg11': partial(cifar_vgg, 11)}

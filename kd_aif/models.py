@@ -55,6 +55,7 @@ MODELS = {'cnnW': "convolutional network of first width W, for example cnn32",
           **dict.fromkeys(BENCHMARK, "network of the CIFAR-100 distillation benchmark"),
           'resnetD_pad': "CIFAR ResNet of D = 20, 32, 44, 56 or 110 layers, shortcuts without parameters",
           'wrn_28_2': "wide residual network of the semi-supervised benchmark",
+          **dict.fromkeys(('resnet20x4', 'vgg11'), "between a teacher and a student of the benchmark"),
           'torchvision/NAME': "any classifier of torchvision, for example torchvision/mobilenet_v2"}
 
 def _torchvision_names(): return torchvision.models.list_models(module=torchvision.models)

@@ -39,7 +39,8 @@ def distill_in_steps(
     return [distill(student, teacher, train, val, test=test if student is models[-1] else None, **settings) for teacher, student in zip(models, models[1:])]
 
 # %% ../nbs/10c_online.ipynb #10c-online-013
-ASSISTANTS = {('resnet56', 'resnet20'): 'resnet32', ('resnet110', 'resnet20'): 'resnet32', ('resnet110', 'resnet32'): 'resnet56', ('wrn_40_2', 'wrn_40_1'): 'wrn_16_2'} # (teacher, student) -> assistant
+ASSISTANTS = {('resnet56', 'resnet20'): 'resnet32', ('resnet110', 'resnet20'): 'resnet32', ('resnet110', 'resnet32'): 'resnet56', ('wrn_40_2', 'wrn_40_1'): 'wrn_16_2',
+    ('wrn_40_2', 'wrn_16_2'): 'wrn_28_2', ('resnet32x4', 'resnet8x4'): 'resnet20x4', ('vgg13', 'vgg8'): 'vgg11', ('resnet50', 'mobilenetv2_half'): 'resnet32x4'} # (teacher, student) -> assistant
 
 def assistant_name(
     teacher:str, # name of the teacher's architecture, see `build_model`

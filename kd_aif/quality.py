@@ -196,7 +196,7 @@ def grenander_weights(
     F = p_value_distribution(low[known], high[known])
     share = min(1., 2*(1 - float(F[len(GRID)//2])))
     shares = torch.where(test.clean_fractions.isfinite(), share, math.nan)
-    if test.p_value > significance: return dataclasses.replace(test, clean_fraction=share, clean_fractions=shares)
+    if test.p_value > significance or not test.comparable: return dataclasses.replace(test, clean_fraction=share, clean_fractions=shares)
     f = torch.tensor(isotonic_regression((F.diff()/width).numpy(), increasing=False).x.copy())
     p = _mean_over_folds((share/_mean_between(low, high, f*width)).clamp_max(1), known)
     return dataclasses.replace(test, values=balanced(p, labels).float(), probability=p.float(), clean_fraction=share, clean_fractions=shares, density=f)
