@@ -147,10 +147,62 @@ def test_script_gives_code_2_to_the_shell():
     done = subprocess.run([script('kd_aif_run'), '--method', 'kd_plus'], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith('error: method is kd_plus') and len(done.stderr.splitlines()) == 1 and files('.') == []
 
-@pytest.mark.parametrize('name', ['kd_aif_run', 'kd_aif_quickstart', 'kd_aif_report', 'kd_aif_data'])
+@pytest.mark.parametrize('name', ['kd_aif_run', 'kd_aif_run_ssl', 'kd_aif_quickstart', 'kd_aif_report', 'kd_aif_data'])
 def test_help(name, console):
     code, out, err = console(name, '--help')
     assert code == 0 and f'usage: {name}' in out and '--help' in out
+
+
+
+# Few labels
+
+few = '--dataset', 'digits', '--steps', 6, '--n_unlabelled', 200, '--batch_size', 10, '--ratio', 2, '--out', 'results'
+
+def test_runs_with_few_labels_are_recorded_once(console, tmp_path):
+    code, out, err = console('kd_aif_run_ssl', *few, '--method', 'supervised,fixmatch', '--seeds', 2, '--threshold', .5, '--experiment', 'mine')
+    records = load_records('results', 'mine', 'smoke')
+    assert code == 0 and out.count('written') == 4 == len(records) == len(files('results')), err
+    assert [(r.method, r.seed) for r in records] == [('supervised', 0), ('supervised', 1), ('fixmatch', 0), ('fixmatch', 1)] and records[-1].config['rule']['threshold'] == .5
+    for r in records: assert f"{r.metrics['test_accuracy']:.2%}" in out and f"right pseudo-labels {r.metrics['pseudo_accuracy']:.3f}" in out and str(r.path('results')) in out
+    assert 'minus supervised' in out and not list((tmp_path/'cache').rglob('*.pt'))
+    code, out, err = console('kd_aif_run_ssl', *few, '--method', 'supervised,fixmatch', '--seeds', 1, '--first_seed', 1, '--threshold', .5, '--experiment', 'mine')
+    assert code == 0 and out.count('already there') == 2 and 'written' not in out
+    assert 'written' in console('kd_aif_run_ssl', *few, '--method', 'fixmatch', '--seeds', 1, '--threshold', .5, '--experiment', 'mine', '--force')[1]
+    assert 'already there' in console('kd_aif_run_ssl', *few, '--method', 'supervised', '--seeds', 1, '--threshold', .7, '--weight', 2, '--ratio', 3, '--experiment', 'mine')[1], 'it uses none of these'
+
+def _a_long_run(log):
+    sys.stdout = open(log, 'w', buffering=1)
+    torch.set_num_threads(1)
+    cli.kd_aif_run_ssl(dataset='digits', method='fixmatch', seeds=1, steps=600, every=10, out='results', checkpoints='states')
+
+def test_a_killed_run_with_few_labels_goes_on_from_its_checkpoint(tmp_path, console):
+    child = multiprocessing.get_context('fork').Process(target=_a_long_run, args=(tmp_path/'log',))
+    child.start()
+    try:
+        for _ in range(1200):
+            if files('states'): break
+            assert child.is_alive(), 'ended by itself'
+            time.sleep(.05)
+        os.kill(child.pid, signal.SIGKILL)
+    finally: child.kill(); child.join()
+    step = torch.load(next(Path('states').glob('fixmatch*.pt')), weights_only=True)['step']
+    assert 0 < step < 600 and not Path('results').exists(), 'no record before the end'
+    args = 'kd_aif_run_ssl', '--method', 'fixmatch', '--seeds', 1, '--steps', 600, '--every', 10
+    assert console(*args, '--out', 'results', '--checkpoints', 'states')[0] == 0 and console(*args, '--out', 'whole')[0] == 0
+    (a,), (b,) = load_records('results'), load_records('whole')
+    assert a.history == b.history and a.metrics['test_accuracy'] == b.metrics['test_accuracy'] and not [f for f in files('states') if not f.startswith('.')], 'it ends with the same numbers'
+
+FEW_MISTAKES = {'dataset': (('--dataset', 'cifar100'), "dataset is 'cifar100'; use one of digits"), 'method': (('--method', 'fixmatch,mixmatch'), 'method is mixmatch; use supervised'), 'tier': (('--tier', 'full'), "tier is 'full'; digits has smoke"), 'n_labelled': (('--n_labelled', 45), 'n_labelled is 45'),
+    'n_unlabelled': (('--n_unlabelled', 9999), 'n_unlabelled is 9999'), 'steps': (('--steps', 0), 'steps is 0'), 'ratio': (('--ratio', 0), 'ratio is 0'), 'batch_size': (('--batch_size', -1), 'batch_size is -1'), 'lr': (('--lr', -1), 'lr is -1'), 'threshold': (('--threshold', 95), 'threshold is 95'),
+    'weight': (('--weight', -1), 'weight is -1'), 'every': (('--every', 0), 'every is 0'), 'seeds': (('--seeds', 0), 'seeds is 0'), 'student': (('--student', 'vgg'), "'vgg' is not a model"), 'precision': (('--precision', 'int4'), "precision is 'int4'"), 'experiment': (('--experiment', 'a/b'), 'experiment'), 'threads': (('--threads', -1), 'threads is -1')}
+
+@pytest.mark.parametrize('mistake', FEW_MISTAKES)
+def test_mistakes_with_few_labels_end_with_one_line_and_no_file(mistake, console, tmp_path):
+    args, message = FEW_MISTAKES[mistake]
+    code, out, err = console('kd_aif_run_ssl', *few, *args)
+    lines = [line for line in err.splitlines() if line.startswith('error: ')]
+    assert code == 2 and len(lines) == 1 and message in lines[0] and 'Traceback' not in err, err
+    assert 'written' not in out and (not Path('results').exists() or files('results') == []) and not list((tmp_path/'cache').rglob('*.pt'))
 
 
 # Quickstart and report
