@@ -110,6 +110,7 @@ def kd_aif_run_ssl(
     threshold:float=None, # least probability at which a pseudo-label counts, default the published one of each method
     weight:float=None, # of the unlabelled term, default the published one of each method
     every:int=None, # steps between measurements and checkpoints, default from the tier
+    finetune:int=None, # steps on the labelled images alone at the end, for the averaged weights; default from the tier
     seeds:int=3, # number of seeds
     first_seed:int=0, # the first of them; give each parallel process its own
     student:str=None, # name of the network, default from the tier
@@ -125,7 +126,7 @@ def kd_aif_run_ssl(
     with _plain_errors():
         methods, records = _prepare(seeds, threads, out, method, SSL_RUNNERS), []
         for seed in range(first_seed, first_seed + seeds):
-            task = make_ssl_task(dataset, tier, n_labelled=n_labelled, n_unlabelled=n_unlabelled, steps=steps, ratio=ratio, batch_size=batch_size, lr=lr, threshold=threshold, weight=weight, every=every, student=student, precision=precision, seed=seed)
+            task = make_ssl_task(dataset, tier, n_labelled=n_labelled, n_unlabelled=n_unlabelled, steps=steps, ratio=ratio, batch_size=batch_size, lr=lr, threshold=threshold, weight=weight, every=every, finetune=finetune, student=student, precision=precision, seed=seed)
             for m in methods:
                 record, run = run_ssl_task(task, m, experiment, out, force, data, checkpoints)
                 records.append(record)

@@ -194,7 +194,7 @@ def test_a_killed_run_with_few_labels_goes_on_from_its_checkpoint(tmp_path, cons
 
 FEW_MISTAKES = {'dataset': (('--dataset', 'cifar100'), "dataset is 'cifar100'; use one of digits"), 'method': (('--method', 'fixmatch,mixmatch'), 'method is mixmatch; use supervised'), 'tier': (('--tier', 'full'), "tier is 'full'; digits has smoke"), 'n_labelled': (('--n_labelled', 45), 'n_labelled is 45'),
     'n_unlabelled': (('--n_unlabelled', 9999), 'n_unlabelled is 9999'), 'steps': (('--steps', 0), 'steps is 0'), 'ratio': (('--ratio', 0), 'ratio is 0'), 'batch_size': (('--batch_size', -1), 'batch_size is -1'), 'lr': (('--lr', -1), 'lr is -1'), 'threshold': (('--threshold', 95), 'threshold is 95'),
-    'weight': (('--weight', -1), 'weight is -1'), 'every': (('--every', 0), 'every is 0'), 'seeds': (('--seeds', 0), 'seeds is 0'), 'student': (('--student', 'vgg'), "'vgg' is not a model"), 'precision': (('--precision', 'int4'), "precision is 'int4'"), 'experiment': (('--experiment', 'a/b'), 'experiment'), 'threads': (('--threads', -1), 'threads is -1')}
+    'weight': (('--weight', -1), 'weight is -1'), 'every': (('--every', 0), 'every is 0'), 'finetune': (('--finetune', -1), 'finetune is -1'), 'seeds': (('--seeds', 0), 'seeds is 0'), 'student': (('--student', 'vgg'), "'vgg' is not a model"), 'precision': (('--precision', 'int4'), "precision is 'int4'"), 'experiment': (('--experiment', 'a/b'), 'experiment'), 'threads': (('--threads', -1), 'threads is -1')}
 
 @pytest.mark.parametrize('mistake', FEW_MISTAKES)
 def test_mistakes_with_few_labels_end_with_one_line_and_no_file(mistake, console, tmp_path):
