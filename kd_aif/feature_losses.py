@@ -390,6 +390,8 @@ _USUAL = {'fitnet': ('stage 2', FitNet, ()), 'at': ('stages', at_loss, ()), 'sp'
     'rkd': ('pooled', rkd_loss, ()), 'pkt': ('pooled', pkt_loss, ()), 'ft': ('last stage', FactorTransfer, ()), 'nst': ('stages', nst_loss, ()), 'ofd': ('stages', OFD, ()),
     'crd': ('pooled', CRD, ('index',)), 'dkd': ('logits', dkd_loss, ('y',)), 'dist': ('logits', dist_loss, ()), 'skd': ('logits', spherical_kd_loss, ())}
 
+_BATCH_OF_BETA = {'sp': 64, 'pkt': 64} # losses that fall as 1/b, and the batch for which their weight was chosen
+
 def _places(which, n):
     "Positions in a list of n maps: stem, stages, pooled, logits"
     return {'stage 2': [min(2, n - 3)], 'stages': list(range(1, n - 2)), 'last stage': [n - 3], 'pooled': [n - 2], 'logits': [n - 1]}[which]
@@ -401,10 +403,11 @@ class FeatureLoss(nn.Module):
         places:list, # positions of the pairs in the lists
         losses:list, # a loss for each of them: loss(student_map, teacher_map, ...) -> (b,)
         keys:tuple=(), # what else of the batch they take: 'y', 'index'
-        factors:list|None=None # of each pair; default one
+        factors:list|None=None, # of each pair; default one
+        batch:int|None=None # for a loss that falls as 1/b: the number of samples at which it is taken as it is; None: everywhere
     ):
         super().__init__()
-        self.places, self.losses, self.keys, self.factors = places, losses, keys, factors or [1.]*len(places)
+        self.places, self.losses, self.keys, self.factors, self.batch = places, losses, keys, factors or [1.]*len(places), batch
         self.learnt = nn.ModuleList(o for o in losses if isinstance(o, nn.Module))
 
     @property
@@ -426,7 +429,8 @@ class FeatureLoss(nn.Module):
         "Loss of each sample, not yet times `BETA`; raises `ValueError` for lists that do not fit, `KeyError` for a batch without what the loss needs"
         _check_maps(student_maps, teacher_maps)
         more = [batch[k] for k in self.keys]
-        return sum(factor*loss(student_maps[i], teacher_maps[i], *more) for i, loss, factor in zip(self.places, self.losses, self.factors))
+        scale = 1. if self.batch is None else len(student_maps[-1])/self.batch
+        return sum(scale*factor*loss(student_maps[i], teacher_maps[i], *more) for i, loss, factor in zip(self.places, self.losses, self.factors))
 
 # %% ../nbs/10b_feature_losses.ipynb #10b-feature-losses-079
 def _check_maps(student_maps, teacher_maps):
@@ -454,7 +458,7 @@ def make_feature_loss(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, 'feature loss', name).initial_seed())
         losses = [made(i) if isinstance(loss, type) else loss for i in places]
-    return FeatureLoss(places, losses, keys, [2.**(i - places[-1]) for i in places] if loss is OFD else None).to(student_maps[0].device)
+    return FeatureLoss(places, losses, keys, [2.**(i - places[-1]) for i in places] if loss is OFD else None, _BATCH_OF_BETA.get(name)).to(student_maps[0].device)
 
 # %% ../nbs/10b_feature_losses.ipynb #a0571002
 def pretrain(

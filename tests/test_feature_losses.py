@@ -286,7 +286,7 @@ def test_usual_layers_are_summed():
     _, student, teacher, batch = example('at')
     def found(name): return make_feature_loss(name, student, teacher).eval()(student, teacher, batch)
     assert torch.allclose(found('at'), sum(at_loss(student[i], teacher[i]) for i in (1, 2, 3))) and torch.allclose(found('nst'), sum(nst_loss(student[i], teacher[i]) for i in (1, 2, 3)))
-    assert torch.equal(found('sp'), sp_loss(student[3], teacher[3])) and torch.equal(found('rkd'), rkd_loss(student[4], teacher[4])) and torch.equal(found('dkd'), dkd_loss(student[5], teacher[5], batch['y']))
+    assert torch.allclose(found('sp'), sp_loss(student[3], teacher[3])*B/64) and torch.equal(found('rkd'), rkd_loss(student[4], teacher[4])) and torch.equal(found('dkd'), dkd_loss(student[5], teacher[5], batch['y']))
     ofd = make_feature_loss('ofd', student, teacher).eval()
     assert torch.allclose(ofd(student, teacher, batch), sum(f*ofd.learnt[i - 1](student[i], teacher[i]) for f, i in ((.25, 1), (.5, 2), (1., 3)))), 'each stage counts half of the next'
 
@@ -461,3 +461,13 @@ def test_memories_of_a_part_of_a_larger_set_are_those_of_the_part():
         assert crd.memory.shape == (2, 4, 128)
     for a, b in zip(*found): assert torch.equal(a, b)
     with pytest.raises(ValueError, match='among the 4 of samples'): CRD(3, 3, torch.tensor([40, 5, 9, 17]))(torch.ones(1, 3), torch.ones(1, 3), torch.tensor([6]))
+
+@pytest.mark.parametrize('name', sorted(RELATIONAL))
+def test_a_small_batch_counts_like_a_large_one(name):
+    "Rectified random features: the mean loss of 16 samples is of the size of that of 128, so that one weight fits both"
+    mean = {}
+    for b in (16, 128):
+        loss, student, teacher, batch = example(name, b)
+        for o in (student, teacher): o[3:5] = [random(b, *o[k].shape[1:], seed=k + len(o[k][0])).relu().float() for k in (3, 4)]
+        mean[b] = float(loss.eval()(student, teacher, batch).mean())
+    assert 1/2 < mean[16]/mean[128] < 2, mean
