@@ -36,12 +36,12 @@ def plain_seconds(
 # %% ../nbs/14c_loop.ipynb #43594cca
 def loop_rates(
     context, # data, networks and settings of a task (`_Context` of 13b_runs)
-    rounds:int=5, # how often
-    compile=None # what `distill` makes of the forward pass
+    rounds:int=5 # how often
 )->list: # of (plain, loop), steps per second
     "Rates of the plain passes and of `distill` on the same batches, in turn"
     c, batches = context, MixedBatches(context.t, context.v, context.task.seed)
-    ready, weights, settings = list(batches), torch.ones(len(c.y)), c.settings | dict(epochs=1, compile=compile)
+    compile = c.settings['compile']
+    ready, weights, settings = list(batches), torch.ones(len(c.y)), c.settings | dict(epochs=1)
     teacher, student, forward, rates = c.model('teacher').eval(), c.model('student').train(), compile(c.forward) if compile else c.forward, []
     plain_seconds(teacher, student, ready[:2], forward)
     for _ in range(rounds):
@@ -55,17 +55,16 @@ EXPERIMENT = '20_loop_efficiency'
 def loop_bench(
     task, # data and networks (`Task`)
     rounds:int=5, # how often each of the two is timed
-    compile=None, # such as `torch.compile`
     out=None, # folder of the records; None writes none
     root=None # data folder
 )->object: # `Record`
     "Measure the efficiency of the loop, or find the record of it; raises `ValueError` for fewer than one round"
     if rounds < 1: raise ValueError(f"rounds is {rounds}; give 1 or more")
     train, val, test = task_data(task, root, progress=False)
-    config = dict(batch_size=task.batch_size, precision=task.precision, rounds=rounds, device=train.x.device.type, threads=torch.get_num_threads(), compiled=compile is not None)
+    config = dict(batch_size=task.batch_size, precision=task.precision, rounds=rounds, device=train.x.device.type, threads=torch.get_num_threads(), compiled=task.compile)
     fields = dict(experiment=EXPERIMENT, tier=task.tier, dataset=describe_data(task, train, val, test), method='loop', teacher=task.teacher, student=task.student, seed=task.seed, config=config)
     if out is not None and (known := find_record(out, make_record(**fields, metrics={}))): return known
-    rates = loop_rates(_Context(task, train, val, test, None, False), rounds, compile)
+    rates = loop_rates(_Context(task, train, val, test, None, False), rounds)
     ratios = [loop/plain for plain, loop in rates]
     plain, loop = (statistics.median(r) for r in zip(*rates))
     record = make_record(**fields, metrics=dict(plain_steps_per_second=plain, loop_steps_per_second=loop, efficiency=statistics.median(ratios), efficiency_low=min(ratios), efficiency_high=max(ratios)))

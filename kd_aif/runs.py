@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from .baselines import (GeneralizedCrossEntropy, GroupDRO, LearningToReweight, LogitAdjusted, MetaWeightNet, confident_learning, effective_number_weights,
     inverse_frequency, oracle_weights, out_of_fold_probabilities, random_weights_like, self_influence_cross, small_loss_weights)
 from .core import Stopwatch, atomic_write, cache_dir, check_fraction, check_positive, default_device, evaluating
-from .data import DATASETS, ImageBatches, asymmetric_noise, augmentation_for, corrupt, hold_out, instance_noise, load_images, long_tail, subset, symmetric_noise
+from .data import ImageBatches, asymmetric_noise, augmentation_for, corrupt, hold_out, instance_noise, load_images, long_tail, subset, symmetric_noise
 from .distill import Every, Extra, MixedBatches, Online, autocast_forward, default_outputs, distill, evaluate
 from .feature_losses import BETA, make_feature_loss, pretrain
 from .influence import SCORES, cross_scores
@@ -69,17 +69,21 @@ TASKS = {('digits', 'smoke'): Task('digits', 'smoke', 'cnn16', 'cnn8', None, 300
 NOISES = ('none', 'symmetric', 'asymmetric', 'instance')
 PRECISIONS = dict(float32=None, bfloat16=torch.bfloat16)
 
+def _setting(table, dataset, tier, changes):
+    "The setting of a data set and tier out of a table {(dataset, tier): setting}, with the changes that are not None"
+    tiers = [t for d, t in table if d == dataset]
+    if not tiers: raise ValueError(f"dataset is {dataset!r}; use one of {', '.join(dict.fromkeys(d for d, _ in table))}")
+    tier = tier or tiers[0]
+    if tier not in tiers: raise ValueError(f"tier is {tier!r}; {dataset} has {', '.join(tiers)}")
+    return dataclasses.replace(table[dataset, tier], **{k: v for k, v in changes.items() if v is not None})
+
 def make_task(
     dataset:str, # name in `DATASETS`
     tier:str=None, # default the first that the data set has
     **changes # fields of `Task` other than their defaults; None leaves the default
 )->Task: # checked
     "The settings of a data set and tier, with changes; raises `ValueError` for names that are not known"
-    tiers = [t for d, t in TASKS if d == dataset]
-    if not tiers: raise ValueError(f"dataset is {dataset!r}; use one of {', '.join(DATASETS)}")
-    tier = tier or tiers[0]
-    if tier not in tiers: raise ValueError(f"tier is {tier!r}; {dataset} has {', '.join(tiers)}")
-    task = dataclasses.replace(TASKS[dataset, tier], **{k: v for k, v in changes.items() if v is not None})
+    task = _setting(TASKS, dataset, tier, changes)
     if task.noise not in NOISES: raise ValueError(f"noise is {task.noise!r}; use one of {', '.join(NOISES)}")
     if task.precision not in PRECISIONS: raise ValueError(f"precision is {task.precision!r}; use one of {', '.join(PRECISIONS)}")
     check_fraction('val_rate', task.val_rate); check_fraction('val_shift', task.val_shift)

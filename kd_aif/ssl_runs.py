@@ -25,7 +25,7 @@ from .distill import evaluate
 from .models import build_model, default_forward
 from .plots import GREY, RIGHT, WRONG, _figure, accuracy_figure
 from .records import _forms, find_record, make_record, method_label, metric_by_seed, paired_difference, save_record
-from .runs import PRECISIONS, _code_fingerprint
+from .runs import PRECISIONS, _code_fingerprint, _setting
 from .semisup import SSL_RULES, FixMatch, HiddenLabels, PseudoLabel, PseudoLabelMeter, Rule, UDA, UnlabelledImages, _labeller, labelled_split, train_ssl
 
 # %% ../nbs/13c_ssl_runs.ipynb #bebf0f69
@@ -65,11 +65,7 @@ def make_ssl_task(
     **changes # fields of `SSLTask` other than their defaults; None leaves the default
 )->SSLTask: # checked
     "The settings of a data set and tier, with changes; raises `ValueError` for names and numbers that make no sense"
-    tiers = [t for d, t in SSL_TASKS if d == dataset]
-    if not tiers: raise ValueError(f"dataset is {dataset!r}; use one of {', '.join(dict.fromkeys(d for d, _ in SSL_TASKS))}")
-    tier = tier or tiers[0]
-    if tier not in tiers: raise ValueError(f"tier is {tier!r}; {dataset} has {', '.join(tiers)}")
-    task = dataclasses.replace(SSL_TASKS[dataset, tier], **{k: v for k, v in changes.items() if v is not None})
+    task = _setting(SSL_TASKS, dataset, tier, changes)
     for name in ('n_labelled', 'steps', 'batch_size', 'ratio'): _check_whole(name, getattr(task, name))
     for name, least in (('n_unlabelled', 1), ('every', 1), ('finetune', 0)):
         if getattr(task, name) is not None: _check_whole(name, getattr(task, name), least)
