@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from .core import Stopwatch, cache_dir, check_fraction, check_positive, default_device
+from .core import Stopwatch, cache_dir, check_fraction, check_positive, default_device, evaluating
+from .crossfit import CrossFit, Teachers, calibration_error
 from .data import ImageBatches, ImageData, load_images, subset
 from .distill import evaluate
 from .models import build_model, default_forward
@@ -104,13 +105,14 @@ def label_quality(
 def confidence_diagnostics(
     confidence:Tensor, # (k,) probability of the class that is named
     right:Tensor, # (k,) whether it is the true one
+    name:str='confidence', # what the results are called
     bins:int=20 # of the histogram, from 0 to 1
-)->dict: # confidence_auc (None where all are right or all wrong), confidence_histogram: edges (bins + 1), right and wrong (bins counts)
-    "How well low confidence detects wrong pseudo-labels, and the two histograms"
+)->dict: # NAME_auc (None where all are right or all wrong), NAME_error: expected calibration error, NAME_histogram: edges (bins + 1), right and wrong (bins counts)
+    "How well low confidence detects wrong pseudo-labels, how far it is from a probability, and the two histograms"
     p, right, edges = confidence.cpu().double().numpy(), right.cpu().numpy(), np.linspace(0, 1, bins + 1)
     count = lambda rows: np.histogram(p[rows].clip(0, 1), edges)[0].tolist()
-    return dict(confidence_auc=float(roc_auc_score(~right, -p)) if 0 < right.sum() < len(right) else None,
-        confidence_histogram=dict(edges=edges.round(6).tolist(), right=count(right), wrong=count(~right)))
+    return {f'{name}_auc': float(roc_auc_score(~right, -p)) if 0 < right.sum() < len(right) else None, f'{name}_error': calibration_error(confidence, torch.as_tensor(right).to(confidence.device)),
+        f'{name}_histogram': dict(edges=edges.round(6).tolist(), right=count(right), wrong=count(~right))}
 
 # %% ../nbs/13c_ssl_runs.ipynb #bdca8c99
 @dataclass(frozen=True, eq=False)
@@ -156,7 +158,9 @@ class SSLContext:
 
 def _published(make): return lambda c: dict(rule=c.adapted(make()))
 
-SSL_RUNNERS = {name: _published(make) for name, make in SSL_RULES.items()} | dict(supervised_all=lambda c: dict(rule=SSL_RULES['supervised_all'](c.truth)))
+SSL_RUNNERS = {name: _published(make) for name, make in SSL_RULES.items()} | dict(supervised_all=lambda c: dict(rule=SSL_RULES['supervised_all'](c.truth)),
+    mpl=lambda c: dict(rule=c.adapted(SSL_RULES['mpl']()), finetune=c.task.finetune or c.task.steps//3, finetune_lr=.01),
+    kd_aif_ssl=lambda c: dict(rule=c.adapted(CrossFit(c.labelled, ema=c.task.ema, make_teacher=c.network, seed=c.task.seed))))
 
 # %% ../nbs/13c_ssl_runs.ipynb #067034b0
 def _plain_settings(thing):
@@ -169,12 +173,13 @@ def _ssl_identity(c, test, method, options, experiment):
     task, rule, rows = c.task, options['rule'], dict(labelled=len(c.labelled), unlabelled=len(c.unlabelled), test=len(test))
     unused = {'dataset', 'tier', 'student', 'seed', 'threshold', 'weight'} | (set() if rule.views else {'ratio'})
     config = {k: v for k, v in dataclasses.asdict(task).items() if k not in unused} | dict(rule=_plain_settings(rule))
+    config |= {k: options[k] for k in ('finetune', 'finetune_lr') if k in options}
     if options.get('weights') is not None: config['weights'] = dict(kind=type(options['weights']).__name__) | _plain_settings(options['weights'])
     data = dict(name=task.dataset, fingerprint=c.unlabelled.fingerprint, labelled=c.labelled.fingerprint, rows=rows, noise=dict(kind='none'), note=c.labelled.note)
     return dict(experiment=experiment or f'{task.dataset}_ssl', tier=task.tier, dataset=data, method=method, teacher=task.student if rule.labeller == 'teacher' else '', student=task.student, seed=task.seed, config=config)
 
 # %% ../nbs/13c_ssl_runs.ipynb #67bebd39
-_SSL_CODE = 'core', 'data', 'augment', 'architectures', 'models', 'losses', 'distill', 'influence', 'semisup' # the modules that decide what a run computes
+_SSL_CODE = 'core', 'data', 'augment', 'architectures', 'models', 'losses', 'distill', 'influence', 'semisup', 'crossfit' # the modules that decide what a run computes
 
 def _checkpoint(record, folder):
     "Where the state of an unfinished run is kept"
@@ -196,12 +201,18 @@ def _accuracies(run, test):
     others = dict(student=run.student) | ({} if teacher is None else dict(teacher=teacher))
     return metrics | {f'{name}_test_accuracy': evaluate(model, batches)['accuracy'] for name, model in others.items()}
 
+def _uncalibrated(run, meter, right):
+    "Of cross-fitted teachers: what their own confidence in the same labels is worth, beside the weight"
+    if not isinstance(run.state, Teachers): return {}
+    with evaluating(run.state): said = torch.cat([run.state.confidence(run.state.images(meter.unlabelled.x[p])) for p in meter.chosen.split(500)])
+    return confidence_diagnostics(said, right, 'uncalibrated') | dict(uncalibrated_confidence=float(said.mean()))
+
 def _ssl_metrics(run, meter, test):
     "What a record keeps: accuracies, and the pseudo-labels at the end"
     confidence, right = meter.judged(_labeller(run.rule, run.student, run.average, run.state))
     names = dict(precision='pseudo_precision', coverage='pseudo_coverage', confidence='mean_confidence')
     quality = {names.get(k, k): v for k, v in label_quality(confidence, right, meter.threshold).items()}
-    return _accuracies(run, test) | dict(threshold=meter.threshold, measured=len(right), **quality, **confidence_diagnostics(confidence, right), seconds_per_step=run.seconds['training']/run.config['steps'])
+    return _accuracies(run, test) | dict(threshold=meter.threshold, measured=len(right), **quality, **confidence_diagnostics(confidence, right), **_uncalibrated(run, meter, right), seconds_per_step=run.seconds['training']/run.config['steps'])
 
 # %% ../nbs/13c_ssl_runs.ipynb #94c8c5d2
 def run_ssl_task(
@@ -276,14 +287,14 @@ def pseudo_label_curves(
     return _titled(figure, records)
 
 # %% ../nbs/13c_ssl_runs.ipynb #520bc8c7
-def _summed_histogram(records):
+def _summed_histogram(records, name):
     "Edges, and counts of right and of wrong pseudo-labels over all runs"
-    each = [r.metrics['confidence_histogram'] for r in records]
+    each = [r.metrics[f'{name}_histogram'] for r in records]
     return np.array(each[0]['edges']), *(np.sum([h[k] for h in each], axis=0) for k in ('right', 'wrong'))
 
-def _draw_confidence(ax, records):
+def _draw_confidence(ax, records, name):
     "Stacked histogram in percent of all, and the share of right ones by bin"
-    edges, right, wrong = _summed_histogram(records)
+    edges, right, wrong = _summed_histogram(records, name)
     n = right + wrong
     ax.stairs(100*right/n.sum(), edges, fill=True, color=RIGHT, alpha=.55, label='right, % of all')
     ax.stairs(100*n/n.sum(), edges, baseline=100*right/n.sum(), fill=True, color=WRONG, alpha=.55, label='wrong, % of all')
@@ -296,14 +307,16 @@ def confidence_figure(
     ncols:int=4 # panels in a row
 )->Figure|None: # not registered with pyplot; None without a histogram
     "Confidence of right and of wrong pseudo-labels at the end, one panel per method and form, seeds together"
-    shown = _forms([r for r in records if r.metrics.get('confidence_histogram')])
+    known = _forms([r for r in records if r.metrics.get('confidence_histogram')])
+    before = {label: [r for r in rs if r.metrics.get('uncalibrated_histogram')] for label, _, rs in known}
+    shown = [panel for label, _, rs in known for panel in [(f'{label}: weight' if before[label] else label, rs, 'confidence'), (f'{label}: before', before[label], 'uncalibrated')] if panel[1]]
     if not shown: return None
     nrows = math.ceil(len(shown)/ncols)
     figure = _figure(2.7*ncols, .7 + 2.2*nrows, 'Confidence of pseudo-labels')
     axes = figure.subplots(nrows, ncols, squeeze=False, sharex=True, sharey=True).ravel()
-    for ax, (label, _, rs) in zip(axes, shown):
-        aucs = [a for r in rs if (a := r.metrics.get('confidence_auc')) is not None]
-        _draw_confidence(ax, rs); ax.set_title(label + (f', AUC {np.mean(aucs):.2f}' if aucs else ''), fontsize=8); ax.spines[['top', 'right']].set_visible(False)
+    for ax, (label, rs, name) in zip(axes, shown):
+        aucs = [a for r in rs if (a := r.metrics.get(f'{name}_auc')) is not None]
+        _draw_confidence(ax, rs, name); ax.set_title(label + (f', AUC {np.mean(aucs):.2f}' if aucs else ''), fontsize=8); ax.spines[['top', 'right']].set_visible(False)
     for ax in axes[len(shown):]: ax.axis('off')
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False, fontsize=7); figure.supylabel('%', fontsize=9)
     return _titled(figure, records)
@@ -334,7 +347,7 @@ def ssl_figures(
 
 # %% ../nbs/13c_ssl_runs.ipynb #5dafb58f
 PSEUDO_METRICS = dict(student_test_accuracy='test accuracy without averaging, %', pseudo_accuracy='right pseudo-labels, %', pseudo_precision='right, of those that count', pseudo_coverage='those that count',
-    mean_confidence='mean confidence', confidence_auc='AUC of confidence', seconds_per_step='seconds per step') # metric -> heading
+    mean_confidence='mean confidence', confidence_error='calibration error of confidence', confidence_auc='AUC of confidence', uncalibrated_error='calibration error before', uncalibrated_auc='AUC before', seconds_per_step='seconds per step') # metric -> heading
 
 def _verdict(d):
     "Of the claim that a difference is above zero"
