@@ -30,7 +30,7 @@ def test_every_method_runs_and_is_recorded(method, tmp_path):
     m = record.metrics
     assert method in METHODS and record.experiment == 'test' and record.tier == 'smoke' and record.dataset['rows'] == dict(labelled=40, unlabelled=200, test=500)
     assert m['test_accuracy'] == found.metrics['test_accuracy'] and len(m['per_class_accuracy']) == 10 and 0 <= m['student_test_accuracy'] <= 1
-    assert ('teacher_test_accuracy' in m) == (method == 'mpl') == (record.teacher == 'cnn8')
+    assert ('teacher_test_accuracy' in m) == (method in ('mpl', 'kd_aif_ssl')) == (record.teacher == 'cnn8') and ('uncalibrated_auc' in m) == (method == 'kd_aif_ssl')
     assert m['measured'] == 160 == sum(m['confidence_histogram']['right']) + sum(m['confidence_histogram']['wrong']) and len(m['confidence_histogram']['edges']) == 21
     assert abs(sum(m['confidence_histogram']['right'])/160 - m['pseudo_accuracy']) < 1e-9
     assert [h['step'] for h in record.history] == [2, 4, 6] and all({'precision', 'coverage', 'pseudo_accuracy', 'confidence'} <= set(h) for h in record.history)
@@ -42,10 +42,22 @@ def test_every_method_runs_and_is_recorded(method, tmp_path):
 def test_all_rules_are_methods(): assert set(SSL_RULES) <= set(SSL_RUNNERS)
 
 def test_the_last_measurement_is_that_of_the_network_that_writes_the_labels():
-    for method in ('fixmatch', 'mean_teacher', 'mpl'):
+    for method in ('fixmatch', 'mean_teacher', 'mpl', 'kd_aif_ssl'):
         record, _ = run(method)
         last = record.history[-1]
         for name, key in dict(pseudo_accuracy='pseudo_accuracy', precision='pseudo_precision', coverage='pseudo_coverage', confidence='mean_confidence').items(): assert last[name] == record.metrics[key]
+
+def test_meta_pseudo_labels_ends_with_fine_tuning(tmp_path):
+    record, found = run('mpl', tmp_path)
+    assert (record.config['finetune'], record.config['finetune_lr']) == (2, .01) == (found.config['finetune'], found.config['finetune_lr']) and run('mpl', finetune=3)[0].config['finetune'] == 3
+    assert 'finetune_lr' not in run('fixmatch')[0].config
+
+def test_the_weight_and_the_confidence_before_it_are_of_the_same_labels():
+    record, found = run('kd_aif_ssl', steps=30, every=10)
+    m = record.metrics
+    assert sum(m['uncalibrated_histogram']['right']) == sum(m['confidence_histogram']['right']) and m['uncalibrated_confidence'] != m['mean_confidence']
+    panels = [ax.get_title() for ax in confidence_figure([record], ncols=2).axes]
+    assert ['weight' in p for p in panels] == [True, False] and 'before' in panels[1]
 
 def test_fine_tuning_is_of_the_average_alone():
     (plain, _), (tuned, found) = run('supervised'), run('supervised', finetune=20)
