@@ -37,6 +37,8 @@ from .runs import _TRAINING_CODE, _code_fingerprint, make_task
 from .scoring import directional_scores
 from .solvers import CG, EKFAC, KFAC, LBFGS, Diagonal, Exact, Identity, LiSSA, Woodbury
 from .truth import Refits, _query_spearman, _resampled, half_subsets, lds, lds_ceiling, predicted_losses, refit
+from .ssl_cost import ssl_cost_bench, ssl_cost_line
+from .ssl_runs import make_ssl_task
 
 # %% ../nbs/15_bench.ipynb #15-bench-006
 @lru_cache(4)
@@ -660,14 +662,14 @@ def lds_table(
 # %% ../nbs/15_bench.ipynb #15-bench-056
 @call_parse
 def kd_aif_bench(
-    what:str, # 'influence' (cost and fidelity), 'lds' (judged by retraining) or 'loop' (the training loop beside its bare passes)
-    model:str='cnn16', # name of the network: cnn16, resnet20, ...; loop: of the student
+    what:str, # 'influence' (cost and fidelity), 'lds' (judged by retraining), 'loop' (the training loop beside its bare passes) or 'ssl' (a step with few labels beside FixMatch's)
+    model:str=None, # name of the network: cnn16 (default), resnet20, ...; loop: of the student; ssl: default from the tier
     teacher:str='cnn32', # loop: name of the teacher
     dataset:str='cifar10', # data set; digits needs no files
     damping:str='0.1', # λ, a number or 'auto'
     rows:str=None, # names of rows, separated by commas; default all (peers only with --peers)
     peers:store_true=False, # the libraries of `pip install "kd_aif[bench]"` too
-    repeats:int=3, # influence: runs of each row; loop: how often both are timed
+    repeats:int=3, # influence: runs of each row; loop, ssl: how often both are timed
     subsets:int=60, # lds: number of random halves of the training set
     seeds:int=4, # lds: models for each of them
     processes:int=1, # lds: models that are trained at the same time
@@ -680,12 +682,14 @@ def kd_aif_bench(
 ):
     "Benchmark influence scores against exact ones, other libraries and retraining, one record per row; rows that have a record are skipped"
     with _plain_errors():
-        if what not in ('influence', 'lds', 'loop'): raise ValueError(f"what is {what!r}; use 'influence', 'lds' or 'loop'")
+        if what not in ('influence', 'lds', 'loop', 'ssl'): raise ValueError(f"what is {what!r}; use 'influence', 'lds', 'loop' or 'ssl'")
         _check_folder(out)
         damping = _as_damping(damping)
         torch.set_num_threads(threads)
         changes = {k: v for k, v in dict(n_train=n_train, n_val=n_val, epochs=epochs).items() if v is not None}
         names = rows.split(',') if rows else None
+        if what == 'ssl': print(ssl_cost_line(ssl_cost_bench(make_ssl_task(dataset, student=model), rounds=repeats, out=out))); return
+        model = model or 'cnn16'
         if what == 'loop': print(loop_line(loop_bench(make_task(dataset, teacher=teacher, student=model, n_train=n_train, n_val=n_val), repeats, out=out))); return
         if what == 'lds':
             task = RefitTask(dataset, model, **(dict(rate=.4) | changes))

@@ -87,16 +87,15 @@ def opinion(
 def judge(
     network:nn.Module, # ends in a linear layer; used in eval mode
     held:list, # held-out batches x (m, c, h, w), y (m,), index (m,): one for each view, the same images in the same order
-    others:dict, # x (n, c, h, w), index (n,) of unlabelled images: what the curvature averages over
+    others:LastLayerView, # of unlabelled images, with logit Hessians: what the curvature averages over
     forward:Callable=default_forward, # forward(model, batch) -> logits
     seed:int=0 # of the two folds
 )->Judgement: # of this network
     "Find what a network's probabilities and influence scores are worth; raises `ValueError` for fewer than two held-out images"
     y, views = held[0]['y'], len(held)
     v = last_layer_view(network, batch_cross_entropy, held, forward, progress=False)
-    u = last_layer_view(network, batch_cross_entropy, [others | dict(y=torch.zeros_like(others['index']))], forward, len(others['index']), progress=False)
     fold = stratified_folds(y, 2, seed).repeat(views).to(v.y.device)
-    found = last_layer_solver(u).solve(LastLayerGaussNewton(u), torch.stack([v.take(fold != k).gradient() for k in (0, 1)], 1))
+    found = last_layer_solver(others).solve(LastLayerGaussNewton(others), torch.stack([v.take(fold != k).gradient() for k in (0, 1)], 1))
     S = found.x.T.reshape(2, v.logits.shape[1], -1)
     log_p = v.logits.log_softmax(1)
     influence = torch.where((fold == 0)[:, None], *(label_influence(v.features, log_p.exp(), s) for s in S))
@@ -106,7 +105,7 @@ def judge(
 def pool_exponent(
     first:Tensor, # (n, C) calibrated log probabilities of one network for unlabelled images
     second:Tensor, # (n, C) of the other
-    named:tuple, # (n,), (n,): the class that each network names itself
+    named, # (n,), (n,): the class that each network names itself
     accuracy:float, # mean of the two networks' accuracies on held-out images
     least:float=.5, # γ when both say the same
     most:float=1. # γ when they are independent
@@ -213,19 +212,20 @@ def confidence(self:Teachers,
 def refresh(self:Teachers,
     number:int, # of the step: which views and images are drawn
     views:int=2, # weak views of each held-out image
-    n_others:int=1000, # unlabelled images for curvature and γ
+    n_others:int=500, # unlabelled images for curvature and γ
     forward:Callable=default_forward # forward(model, batch) -> logits
 )->None: # nothing
     "Judge both teachers by the labels that they have not learned"
     chosen = torch.randperm(len(self.others), generator=generator(self.seed, 'others', number))[:n_others].to(self.others.x.device)
-    others, first = dict(x=self.images(self.others.x[chosen], number), index=self.others.index[chosen]), number*(views + 1) + 1
-    for k, network in enumerate(self.averages):
+    others, first = dict(x=self.images(self.others.x[chosen], number), index=self.others.index[chosen], y=torch.zeros_like(self.others.index[chosen])), number*(views + 1) + 1
+    seen = [last_layer_view(a, batch_cross_entropy, [others], forward, len(chosen), progress=False) for a in self.averages]
+    for k, (network, view) in enumerate(zip(self.averages, seen)):
         held = self.labelled.take((self.half.cpu() != k).nonzero()[:, 0])
         batches = [dict(x=self.images(held.x, first + v), y=held.y, index=held.index) for v in range(views)]
-        found = judge(network, batches, others, forward, self.seed)
+        found = judge(network, batches, view, forward, self.seed)
         self.scales[k], self.direction[k], self.accuracy[k] = found.scales, found.direction, found.accuracy
-    (first, p), (second, r) = self.outputs(others['x'], forward)
-    self.gamma.fill_(pool_exponent(first, second, (p.argmax(1), r.argmax(1)), float(self.accuracy.mean())))
+    opinions = [opinion(v.features, v.logits, self.judgement(k)) for k, v in enumerate(seen)]
+    self.gamma.fill_(pool_exponent(*opinions, [v.logits.argmax(1) for v in seen], float(self.accuracy.mean())))
 
 # %% ../nbs/11b_crossfit.ipynb #168c5bd5
 @dataclass(frozen=True)
