@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RIGHT', 'WRONG', 'GREY', 'method_colours', 'accuracy_bars', 'difference_bars', 'weight_histogram',
            'weight_diagnostics', 'detector_roc', 'image_grid', 'helpful_images', 'html_report', 'accuracy_figure',
-           'strength_suffix', 'weights_figure', 'setting_items', 'report_sections']
+           'strength_suffix', 'weights_figure', 'usual_controls', 'setting_items', 'report_sections']
 
 # %% ../nbs/13_plots.ipynb #13-plots-002
 import base64, html, io, math, re
@@ -334,15 +334,24 @@ def weights_figure(
     return figure
 
 # %% ../nbs/13_plots.ipynb #13-plots-049
+def usual_controls(
+    records, # list of `Record` of one setting
+    expected=(), # short names of methods that should have been run
+)->tuple: # short names
+    "What other methods of a setting are compared with: KD, and KD on train + validation; where labels are few, the labels alone and Meta Pseudo Labels."
+    few = 'supervised' in expected or any('n_labelled' in r.config for r in records)
+    return ('supervised', 'mpl') if few else ('kd', 'kd_val')
+
 def setting_items(
     records, # list of `Record` of one setting; may be empty if there are expected methods
     expected=(), # short names of methods that get a row even without a run
     title:str=None, # the setting in words, needed if there are no records
 )->list: # tables, figures and text
     "The items of a report on one setting: accuracies, figures, what the weights were worth, time. Raises ValueError if settings are mixed."
-    items = [summary_table(records, expected=expected, title=title)]
+    controls = usual_controls(records, expected)
+    items = [summary_table(records, controls, expected=expected, title=title)]
     if not records: return [*items, 'No record of this setting was found: these runs are still to be made.']
-    items.append(accuracy_figure(records, expected=expected))
+    items.append(accuracy_figure(records, controls[::-1], expected=expected))
     weights = weights_figure(records)
     if weights: items += [metrics_table([r for r in records if r.metrics.get('weight_histogram')]), weights]
     return items + [seconds_table(records)]

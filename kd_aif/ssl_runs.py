@@ -6,7 +6,7 @@
 __all__ = ['SSL_TASKS', 'SSL_RUNNERS', 'CURVES', 'PSEUDO_METRICS', 'PUBLISHED', 'SSLTask', 'make_ssl_task', 'ssl_task_data',
            'label_quality', 'confidence_diagnostics', 'ConfidenceMeter', 'SSLContext', 'run_ssl_task', 'ssl_title',
            'pseudo_label_curves', 'confidence_figure', 'accuracy_cost_figure', 'ssl_figures', 'ssl_claims',
-           'published_table']
+           'weight_claims', 'published_table']
 
 # %% ../nbs/13c_ssl_runs.ipynb #ca2c9d82
 import dataclasses, math
@@ -365,6 +365,22 @@ def ssl_claims(
     found = {m: paired_difference(of(method), of(m)).scaled(100) for m in rivals}
     rows = [(f'{method_label(method)} above {method_label(m)}', f'{d} ({d.n} seeds)' if d.n else 'not run', _verdict(d)) for m, d in found.items()]
     return pd.DataFrame(rows, columns=['claim', 'measured, points', 'holds'])
+
+# %% ../nbs/13c_ssl_runs.ipynb #18a5ecb3
+def weight_claims(
+    records, # list of `Record` of one setting
+    method:str='kd_aif_ssl', # short name of a method with weights
+    least:float=.75 # AUC that is asked for
+)->pd.DataFrame: # of strings: claim, measured, holds; empty without runs of the method
+    "AUC and calibration error of the weight, seed by seed, with 95 % intervals; raises `ValueError` if the method has several forms"
+    own = [r for r in records if r.method == method and r.metrics.get('uncalibrated_auc') is not None]
+    of = lambda metric: metric_by_seed(own, metric)
+    auc, before, error, error_before = map(of, ('confidence_auc', 'uncalibrated_auc', 'confidence_error', 'uncalibrated_error'))
+    def mean(values): return f'{np.mean(list(values.values())):.3f}'
+    def gap(d): return f'{d.mean:+.3f}' + (f' [{d.low:+.3f}, {d.high:+.3f}]' if d.n > 1 else '')
+    found = [(f'AUC of the weight for wrong pseudo-labels at least {least}', auc, dict.fromkeys(auc, least)), ('AUC of the weight above that of confidence', auc, before), ('calibration error of the weight below that of confidence', error_before, error)]
+    rows = [(claim, f'{mean(a)} and {mean(b)}, difference {gap(d)} ({d.n} seeds)', _verdict(d)) for claim, a, b in found if (d := paired_difference(a, b)).n]
+    return pd.DataFrame(rows, columns=['claim', 'measured', 'holds'])
 
 # %% ../nbs/13c_ssl_runs.ipynb #a9153242
 PUBLISHED = {'Supervised only': 'supervised', 'Pseudo-Label': 'pseudo_label', 'Mean Teacher': 'mean_teacher', 'VAT + entropy minimisation': 'vat', 'ICT': 'ict',
