@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as vision
-from .core import check_fraction
+from .core import check_fraction, check_whole
 from .data import augmentation_for
 
 # %% ../nbs/11a_augment.ipynb #d90255b1
@@ -190,7 +190,7 @@ class RandAugment:
     operations:tuple = tuple(OPERATIONS) # names, see `OPERATIONS`
 
     def __post_init__(self):
-        if not isinstance(self.n, int) or self.n < 0: raise ValueError(f"n is {self.n!r}; give a whole number of operations, 0 for none")
+        check_whole('n', self.n, 0, remedy='give a whole number of operations, 0 for none')
         check_fraction('probability', self.probability)
         if unknown := [o for o in self.operations if o not in OPERATIONS] or not self.operations:
             raise ValueError(f"operations: {unknown if self.operations else 'none given'}; choose from {', '.join(OPERATIONS)}")

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from .core import check_fraction, check_positive, evaluating, generator, plain, to_device
+from .core import check_fraction, check_positive, check_whole, evaluating, generator, plain, to_device
 from .curvature import _Forward, batch_rows, batch_size, merged
 from .distill import MixedBatches, Step, SubsetBatches
 from .influence import CrossScores, self_influence, stratified_folds
@@ -233,7 +233,7 @@ class GroupDRO(_Rule):
     eta:float = .01 # step of the exponentiated gradient
     def __post_init__(self):
         check_positive('eta', self.eta)
-        if not isinstance(self.n_classes, int) or self.n_classes < 2: raise ValueError(f"n_classes is {self.n_classes!r}; give a whole number of classes from 2")
+        check_whole('n_classes', self.n_classes, 2)
 
     def _start(self, step):
         if step.logits.shape[1] != self.n_classes: raise ValueError(f"n_classes is {self.n_classes}, but the model has {step.logits.shape[1]} classes; give that number")
@@ -298,7 +298,7 @@ class _Draws:
         return batch_rows(*self.rest.pop())
 
 def _check_batch_size(batch_size):
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1): raise ValueError(f"batch_size is {batch_size!r}; give a whole number of samples, or None for that of the loader")
+    if batch_size is not None: check_whole('batch_size', batch_size, remedy='give a whole number of samples, or None for that of the loader')
 
 # %% ../nbs/10_baselines.ipynb #10-baselines-051
 @dataclass(eq=False)
@@ -329,7 +329,7 @@ class MetaWeightNet(_Rule):
     seed:int = 0 # first weights of the network, and which validation samples are drawn
     def __post_init__(self):
         check_positive('lr', self.lr); _check_batch_size(self.batch_size)
-        if not isinstance(self.hidden, int) or self.hidden < 1: raise ValueError(f"hidden is {self.hidden!r}; give a whole number of units, 100 is usual")
+        check_whole('hidden', self.hidden, remedy='give a whole number of units, 100 is usual')
         self._draws = _Draws(self.val, self.batch_size, self.seed)
 
     def _start(self, step):

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['generator', 'seed_everything', 'default_device', 'to_device', 'evaluating', 'plain', 'atomic_path', 'atomic_write',
-           'cache_dir', 'bar_options', 'Stopwatch', 'peak_memory', 'check_fraction', 'check_positive']
+           'cache_dir', 'bar_options', 'Stopwatch', 'peak_memory', 'check_whole', 'check_fraction', 'check_positive']
 
 # %% ../nbs/00_core.ipynb #00-core-002
 import hashlib, json, math, operator, os, random, secrets, sys
 from contextlib import contextmanager
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from time import perf_counter
 
@@ -155,6 +155,18 @@ def _number(name, value):
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f'{name} is {value!r}, a {type(value).__name__}: give a plain number, such as {name}=0.5')
     return float(value)
+
+def check_whole(
+    name:str, # the argument as the caller wrote it
+    value:int, # its value
+    least:int=1, # smallest number that makes sense
+    most:int|None=None, # largest; None: there is none
+    remedy:str='', # what to do, by default "give a whole number from `least` (to `most`)"
+)->int: # `value` itself
+    "Make sure that an argument is a whole number in a range; else ValueError."
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        raise ValueError(f'{name} is {value!r}; {remedy or f"give a whole number from {least}" + ("" if most is None else f" to {most}")}')
+    return value
 
 def check_fraction(
     name:str, # the argument as the caller wrote it

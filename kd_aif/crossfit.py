@@ -15,8 +15,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .core import check_fraction, generator
-from .data import ImageBatches, ImageData, _check_count, augmentation_for
+from .core import check_fraction, check_whole, generator
+from .data import ImageBatches, ImageData, augmentation_for
 from .influence import LastLayerGaussNewton, LastLayerView, last_layer_solver, last_layer_view, stratified_folds
 from .losses import batch_cross_entropy
 from .models import default_forward, features_and_logits, last_linear
@@ -247,7 +247,8 @@ class CrossFit(Rule):
         _check_rule(self); check_fraction('share', self.share); check_fraction('ema', self.ema)
         if not isinstance(self.labelled, ImageData): raise TypeError(f"labelled is a {type(self.labelled).__name__}; give the labelled images of the run, the first part of labelled_split(data, n, seed)")
         if (few := torch.bincount(self.labelled.y.cpu(), minlength=self.labelled.n_classes).min()) < 4: raise ValueError(f"labelled has {few} images of one class; give at least 4, half for each teacher, and two to each fold of a half")
-        for name in ('refresh', 'looks'): _check_count(name, 1 if name == 'refresh' and self.refresh is None else getattr(self, name), 2**31)
+        check_whole('looks', self.looks)
+        if self.refresh is not None: check_whole('refresh', self.refresh)
 
     def every(self,
         steps:int # how many there are

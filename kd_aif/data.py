@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from .core import atomic_path, bar_options, cache_dir, check_fraction, generator
+from .core import atomic_path, bar_options, cache_dir, check_fraction, check_whole, generator
 
 # %% ../nbs/02_data.ipynb #02-data-006
 @dataclass(frozen=True, eq=False, repr=False)
@@ -291,11 +291,6 @@ def load_images(
                      note=f'{source.title}, partial' if len(y) < source.rows[split] else '')
     return data if device is None else data.to(device)
 
-# %% ../nbs/02_data.ipynb #02-data-047
-def _check_count(name, n, highest):
-    if not isinstance(n, Integral) or isinstance(n, bool) or not 1 <= n <= highest:
-        raise ValueError(f"{name}={n!r}: give a whole number from 1 to {highest}")
-
 # %% ../nbs/02_data.ipynb #02-data-048
 def hold_out(
     data:ImageData, # a training set
@@ -303,7 +298,7 @@ def hold_out(
     seed:int, # the choice is a pure function of it
 ) -> tuple[ImageData, ImageData]: # the rest for training, and the `n` held-out images
     "Split off `n` validation images, stratified by class; raises ValueError unless 1 ≤ n < len(data)."
-    _check_count('n', n, len(data) - 1)
+    check_whole('n', n, 1, len(data) - 1)
     held, rest = _stratified(data.y, n, generator(seed, 'hold out'))
     return data.take(rest), data.take(held)
 
@@ -314,7 +309,7 @@ def subset(
     seed:int, # the choice is a pure function of it
 ) -> ImageData: # `n` images in the order of `data`
     "A random subset of exactly `n` images with the shares of the classes kept; raises ValueError unless 1 ≤ n ≤ len(data)."
-    _check_count('n', n, len(data))
+    check_whole('n', n, 1, len(data))
     return data.take(_stratified(data.y, n, generator(seed, 'subset'))[0])
 
 # %% ../nbs/02_data.ipynb #02-data-052
@@ -484,7 +479,7 @@ class ImageBatches:
         shuffle:bool=True, # a new order in each epoch; False keeps the order of `data`
         seed:int=0, # order and augmentation are pure functions of (seed, epoch)
     ):
-        _check_count('batch_size', batch_size, 2**31)
+        check_whole('batch_size', batch_size)
         if not len(data): raise ValueError("data is empty; give at least one image (for validation, hold some out with hold_out)")
         self.data, self.batch_size, self.augment, self.shuffle, self.seed, self.epoch = data, int(batch_size), augment, shuffle, seed, 0
         _, _, h, w = data.x.shape

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from .core import Stopwatch, bar_options, check_fraction, check_positive, evaluating, generator, plain, to_device
+from .core import Stopwatch, bar_options, check_fraction, check_positive, check_whole, evaluating, generator, plain, to_device
 from .curvature import batch_rows, sample_batches
 from .influence import (SCORES, CrossScores, InfluenceScores, LastLayerGaussNewton, cross_scores, influence_scores, last_layer_solver, last_layer_view,
     stratified_folds)
@@ -371,17 +371,11 @@ def _fit(student, teacher, batches, weights, *, epochs, lr, make_optimizer, T, a
     return history
 
 # %% ../nbs/09_distill.ipynb #09-distill-027
-def _check_epochs(**values):
-    "Whole numbers that are not too small, as name=(value, smallest)"
-    for name, (value, smallest) in values.items():
-        if not isinstance(value, int) or value < smallest:
-            raise ValueError(f"{name} is {value!r}; give a whole number of epochs from {smallest}")
-
 @dataclass(frozen=True)
 class OneShot:
     "Score once, with the trained teacher; the weights hold from epoch `after` on"
     after:int = 0 # first epoch with weights
-    def __post_init__(self): _check_epochs(after=(self.after, 0))
+    def __post_init__(self): check_whole('after', self.after, 0)
     def due(self,
         epoch:int # number of the epoch, from 0
     )->bool: # whether weights start in this epoch
@@ -394,7 +388,7 @@ class Every:
     k:int = 1 # epochs between two scorings
     start:int = 2 # first epoch with weights
     ahead:bool = False # with mechanism 'both': the teacher goes ahead, and the student starts when it has finished
-    def __post_init__(self): _check_epochs(k=(self.k, 1), start=(self.start, 0))
+    def __post_init__(self): check_whole('k', self.k); check_whole('start', self.start, 0)
     def due(self,
         epoch:int # number of the epoch, from 0
     )->bool: # whether to score before this epoch
@@ -405,7 +399,7 @@ class Every:
 class Online:
     "From epoch `start` on, weigh every mini-batch by its own scores, under the direction s found before each epoch: transforms only, the last layer only"
     start:int = 2 # first epoch with weights
-    def __post_init__(self): _check_epochs(start=(self.start, 0))
+    def __post_init__(self): check_whole('start', self.start, 0)
     def due(self,
         epoch:int # number of the epoch, from 0
     )->bool: # whether to find s again before this epoch
@@ -651,7 +645,7 @@ def _extra_values(loss, ours, theirs, batch):
 # %% ../nbs/09_distill.ipynb #9d67ef2a
 def _check_settings(student, teacher, train, val, test, weights, make_teacher, forward, config):
     "Everything that can be known to be wrong before training; returns index and held-out mark of the samples in train, index and labels of those in val"
-    check_fraction('alpha', config['alpha']); check_positive('T', config['T']); check_positive('lr', config['lr']); _check_epochs(epochs=(config['epochs'], 1))
+    check_fraction('alpha', config['alpha']); check_positive('T', config['T']); check_positive('lr', config['lr']); check_whole('epochs', config['epochs'])
     _check_schedule(teacher, weights, make_teacher, config)
     mechanism = config['mechanism']
     first = _first_batch('train', plain(train))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .core import check_fraction, check_positive, evaluating, generator, to_device
+from .core import check_fraction, check_positive, check_whole, evaluating, generator, to_device
 from .losses import _check_logits
 
 # %% ../nbs/10b_feature_losses.ipynb #10b-feature-losses-008
@@ -141,7 +141,7 @@ def cc_loss(
 )->Tensor: # (b,)
     "Correlation congruence, row by row; raises `ValueError` for features of other shapes, `gamma` ≤ 0 or `order` < 1. Peng et al. (2019), section 3"
     check_positive('gamma', gamma)
-    if not isinstance(order, int) or order < 1: raise ValueError(f"order is {order!r}; give a whole number from 1, 2 is usual")
+    check_whole('order', order, remedy='give a whole number from 1, 2 is usual')
     def kernel(x):
         cosine = (x := F.normalize(x, dim=1)) @ x.T
         return math.exp(-2*gamma)*sum((2*gamma*cosine)**p/math.factorial(p) for p in range(order + 1))
@@ -325,7 +325,7 @@ class CRD(nn.Module):
         keys = samples.sort().values if isinstance(samples, Tensor) else torch.arange(samples if isinstance(samples, int) else 0)
         negatives = max(1, min(16384, len(keys)//3)) if negatives is None else negatives
         for name, value, least in (('samples', len(keys) if isinstance(samples, Tensor) else samples, 2), ('negatives', negatives, 1)):
-            if not isinstance(value, int) or value < least: raise ValueError(f"{name} is {value!r}; give a whole number from {least}")
+            check_whole(name, value, least)
         check_positive('T', T); check_fraction('momentum', momentum)
         self.n_samples, self.negatives, self.T, self.momentum, self.seed = len(keys), min(negatives, len(keys) - 1), T, momentum, seed
         self.student, self.teacher = nn.Linear(student_channels, dim), nn.Linear(teacher_channels, dim)

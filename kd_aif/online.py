@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .architectures import StagedNet
-from .core import check_positive, evaluating, generator
+from .core import check_positive, check_whole, evaluating, generator
 from .distill import Run, distill
 from .feature_losses import _kl
 from .losses import _check_logits, batch_cross_entropy
@@ -111,7 +111,7 @@ class TeacherAdapter(nn.Module):
     ):
         super().__init__()
         check_positive('T', T); check_positive('alpha', alpha)
-        if not isinstance(hidden, int) or hidden < 1: raise ValueError(f"hidden is {hidden!r}; give a whole number from 1")
+        check_whole('hidden', hidden)
         d, c = (o.shape[1] for o in teacher_outputs[-2:])
         self.adapter = _seeded(seed, 'adapter', lambda: nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), nn.Linear(hidden, c))).to(teacher_outputs[-1].device)
         for p in self.adapter[-1].parameters(): nn.init.zeros_(p)

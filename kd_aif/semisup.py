@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .augment import strong_augmentation_for
-from .core import Stopwatch, atomic_path, bar_options, check_fraction, check_positive, evaluating, generator
-from .data import ImageBatches, ImageData, _check_count, _digest, augmentation_for
+from .core import Stopwatch, atomic_path, bar_options, check_fraction, check_positive, check_whole, evaluating, generator
+from .data import ImageBatches, ImageData, _digest, augmentation_for
 from .distill import autocast_forward, count_classes, evaluate
 from .influence import influence_scores
 from .losses import batch_cross_entropy, kd_loss, weighted_mean
@@ -117,7 +117,7 @@ class SSLBatches:
         strong='auto', # likewise; 'auto': weak view, RandAugment, Cutout
         seed:int=0 # the batches of a step are a pure function of (seed, step)
     ):
-        for name, value in dict(batch_size=batch_size, ratio=ratio).items(): _check_count(name, value, 2**31)
+        for name, value in dict(batch_size=batch_size, ratio=ratio).items(): check_whole(name, value)
         if not isinstance(labelled, ImageData) or not isinstance(unlabelled, UnlabelledImages):
             raise TypeError(f"labelled is a {type(labelled).__name__} and unlabelled a {type(unlabelled).__name__}; give the first two parts of labelled_split(data, n, seed)")
         if not len(labelled) or not len(unlabelled): raise ValueError(f"{len(labelled)} labelled and {len(unlabelled)} unlabelled images; give at least one of each")
@@ -429,7 +429,7 @@ def _check_ssl(student, rule, labelled, weights, steps, lr, ema, finetune, every
     if not isinstance(rule, Rule): raise TypeError(f"rule is {rule!r}; give an object such as FixMatch(), or one made by SSL_RULES[name]()")
     if unknown := [v for v in rule.views if v not in VIEWS]: raise ValueError(f"rule {rule.name!r} wants the views {unknown}; there are {', '.join(VIEWS)}")
     for name, value, least in (('steps', steps, 1), ('finetune', finetune, 0), ('every', every, 1)):
-        if not isinstance(value, int) or value < least: raise ValueError(f"{name} is {value!r}; give a whole number of steps from {least}")
+        check_whole(name, value, least)
     check_positive('lr', lr); check_fraction('ema', ema)
     if weights is not None and not callable(weights): raise TypeError(f"weights is a {type(weights).__name__}; give a function of (step, terms) that returns (u,) weights, or None")
     if weights is not None and not rule.views: raise ValueError(f"weights: rule {rule.name!r} has no unlabelled images to weigh; leave weights=None")
@@ -730,7 +730,7 @@ class VAT(Rule):
     views:ClassVar[tuple] = 'x',
     def __post_init__(self):
         _check_rule(self); check_positive('radius', self.radius); check_positive('probe', self.probe)
-        if not isinstance(self.iterations, int) or self.iterations < 0: raise ValueError(f"iterations is {self.iterations!r}; give a whole number, 0 for a random direction")
+        check_whole('iterations', self.iterations, 0, remedy='give a whole number, 0 for a random direction')
 
     def __call__(self, step:SSLStep)->Terms: # without a mask
         "The losses of a step"

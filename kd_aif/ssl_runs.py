@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from .core import Stopwatch, cache_dir, check_fraction, check_positive, default_device, evaluating
+from .core import Stopwatch, cache_dir, check_fraction, check_positive, check_whole, default_device, evaluating
 from .crossfit import CrossFit, Teachers, calibration_error
 from .data import ImageBatches, ImageData, load_images, subset
 from .distill import evaluate
@@ -57,9 +57,6 @@ SSL_TASKS = {('digits', 'smoke'): SSLTask('digits', 'smoke', 'cnn8', 40, None, 1
     ('svhn', 'full'): SSLTask('svhn', 'full', 'wrn_28_2', 1000, None, 2**17, every=2048, precision='bfloat16')}
 
 # %% ../nbs/13c_ssl_runs.ipynb #3f303da0
-def _check_whole(name, value, least=1):
-    if not isinstance(value, int) or isinstance(value, bool) or value < least: raise ValueError(f"{name} is {value!r}; give a whole number from {least}")
-
 def make_ssl_task(
     dataset:str, # name in `SSL_TASKS`: 'digits', 'cifar10' or 'svhn'
     tier:str=None, # default the first that the data set has
@@ -67,9 +64,9 @@ def make_ssl_task(
 )->SSLTask: # checked
     "The settings of a data set and tier, with changes; raises `ValueError` for names and numbers that make no sense"
     task = _setting(SSL_TASKS, dataset, tier, changes)
-    for name in ('n_labelled', 'steps', 'batch_size', 'ratio'): _check_whole(name, getattr(task, name))
+    for name in ('n_labelled', 'steps', 'batch_size', 'ratio'): check_whole(name, getattr(task, name))
     for name, least in (('n_unlabelled', 1), ('every', 1), ('finetune', 0)):
-        if getattr(task, name) is not None: _check_whole(name, getattr(task, name), least)
+        if getattr(task, name) is not None: check_whole(name, getattr(task, name), least)
     if task.precision not in PRECISIONS: raise ValueError(f"precision is {task.precision!r}; use one of {', '.join(PRECISIONS)}")
     check_positive('lr', task.lr); check_fraction('ema', task.ema); check_fraction('threshold', task.threshold or 0.)
     if task.weight is not None and not 0 <= task.weight < math.inf: raise ValueError(f"weight is {task.weight!r}; give a number of 0 or more")

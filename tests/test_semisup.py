@@ -85,7 +85,7 @@ def test_batches_are_normalised_like_others(split):
     assert torch.allclose(batch['x'], wanted['x'][wanted['index'].argsort()][order])
 
 @pytest.mark.parametrize('change, error, message', [
-    (dict(batch_size=0), ValueError, 'batch_size=0'), (dict(ratio=0), ValueError, 'ratio=0'), (dict(batch_size=2.5), ValueError, 'batch_size=2.5'), (dict(weak='auto', strong='auto', labelled='other'), ValueError, "'other' is not a data set"),
+    (dict(batch_size=0), ValueError, 'batch_size is 0'), (dict(ratio=0), ValueError, 'ratio is 0'), (dict(batch_size=2.5), ValueError, 'batch_size is 2.5'), (dict(weak='auto', strong='auto', labelled='other'), ValueError, "'other' is not a data set"),
     (dict(unlabelled='data'), TypeError, 'unlabelled a ImageData; give the first two parts of labelled_split'), (dict(labelled='empty'), ValueError, '0 labelled and 300')])
 def test_batches_of_what_makes_none(split, digits, change, error, message):
     labelled, unlabelled, _ = split
