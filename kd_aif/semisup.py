@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['VIEWS', 'TSA', 'SSL_RULES', 'UnlabelledImages', 'HiddenLabels', 'labelled_split', 'endless_order', 'SSLBatches',
            'SSLStep', 'Terms', 'Rule', 'Supervised', 'SupervisedAll', 'linear_ramp', 'confident', 'PseudoLabel',
-           'FixMatch', 'average_decay', 'update_average', 'cosine_share', 'ssl_sgd', 'PseudoLabelMeter', 'fine_tune',
-           'SSLRun', 'train_ssl', 'output_distance', 'untouched_statistics', 'averaged_output', 'gaussian_ramp',
-           'OutputMemory', 'PiModel', 'TemporalEnsembling', 'MeanTeacher', 'ICT', 'adversarial_direction', 'VAT',
-           'sharpened_divergence', 'UDA', 'gradient_distance', 'ImputedLabels', 'LGA', 'Teacher', 'labelled_losses',
-           'MetaPseudoLabels', 'feedback_scores']
+           'FixMatch', 'average_decay', 'update_average', 'cosine_share', 'ssl_sgd', 'label_quality',
+           'PseudoLabelMeter', 'fine_tune', 'SSLRun', 'train_ssl', 'output_distance', 'untouched_statistics',
+           'averaged_output', 'gaussian_ramp', 'OutputMemory', 'PiModel', 'TemporalEnsembling', 'MeanTeacher', 'ICT',
+           'adversarial_direction', 'VAT', 'sharpened_divergence', 'UDA', 'gradient_distance', 'ImputedLabels', 'LGA',
+           'Teacher', 'labelled_losses', 'MetaPseudoLabels', 'feedback_scores']
 
 # %% ../nbs/11_semisup.ipynb #4face27c
 import copy, math
@@ -332,6 +332,16 @@ def _set_lr(optimizer, share):
     for group in optimizer.param_groups: group['lr'] = group.setdefault('initial_lr', group['lr'])*share
 
 # %% ../nbs/11_semisup.ipynb #227abf1b
+def label_quality(
+    confidence:Tensor, # (k,) probability of the class that is named
+    right:Tensor, # (k,) whether it is the true one
+    threshold:float # from which probability a label counts
+)->dict: # 'precision' (None where no label counts), 'coverage', 'pseudo_accuracy', 'confidence', in [0, 1]
+    "How good, how many and how sure pseudo-labels are"
+    counts, mean = confidence >= threshold, lambda v: float(v.double().mean())
+    return dict(precision=mean(right[counts]) if counts.any() else None, coverage=mean(counts), pseudo_accuracy=mean(right), confidence=mean(confidence))
+
+# %% ../nbs/11_semisup.ipynb #121c54e5
 @dataclass(frozen=True, eq=False)
 class PseudoLabelMeter:
     "Measures pseudo-labels against the hidden labels; raises `ValueError` where no unlabelled image is left"
@@ -358,14 +368,20 @@ class PseudoLabelMeter:
         with evaluating(model), torch.no_grad():
             return torch.cat([forward(model, dict(x=normalise(self.unlabelled.x[p]))) for p in self.chosen.split(500)])
 
+    def judged(self,
+        model:nn.Module, # who writes the labels, used in eval mode
+        forward:Callable=default_forward # forward(model, batch) -> logits
+    )->tuple[Tensor, Tensor]: # (k,) probability of the class that is named, (k,) whether it is the true one
+        "Each of the chosen images"
+        confidence, labels = self.logits(model, forward).float().softmax(1).max(1)
+        return confidence, labels == self.truth.of(self.unlabelled.index[self.chosen])
+
     def __call__(self,
         model:nn.Module, # who writes the labels
         forward:Callable=default_forward # forward(model, batch) -> logits
-    )->dict: # 'precision' (None where no label counts), 'coverage', 'pseudo_accuracy' (all labels), in [0, 1]
-        "How good and how many they are"
-        labels, mask = confident(self.logits(model, forward), self.threshold)
-        right = labels == self.truth.of(self.unlabelled.index[self.chosen])
-        return dict(precision=float(right[mask].float().mean()) if mask.any() else None, coverage=float(mask.float().mean()), pseudo_accuracy=float(right.float().mean()))
+    )->dict: # see `label_quality`
+        "How good, how many and how sure they are"
+        return label_quality(*self.judged(model, forward), self.threshold)
 
 # %% ../nbs/11_semisup.ipynb #8f70ee1a
 def _stateful(**parts): return {k: p for k, p in parts.items() if hasattr(p, 'state_dict')}

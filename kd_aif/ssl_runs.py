@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['SSL_TASKS', 'SSL_RUNNERS', 'CURVES', 'PSEUDO_METRICS', 'PUBLISHED', 'SSLTask', 'make_ssl_task', 'ssl_task_data',
-           'label_quality', 'confidence_diagnostics', 'ConfidenceMeter', 'SSLContext', 'run_ssl_task', 'ssl_title',
-           'pseudo_label_curves', 'confidence_figure', 'accuracy_cost_figure', 'ssl_figures', 'ssl_claims',
-           'weight_claims', 'published_table']
+           'confidence_diagnostics', 'SSLContext', 'run_ssl_task', 'ssl_title', 'pseudo_label_curves',
+           'confidence_figure', 'accuracy_cost_figure', 'ssl_figures', 'ssl_claims', 'weight_claims', 'published_table']
 
 # %% ../nbs/13c_ssl_runs.ipynb #ca2c9d82
 import dataclasses, math
@@ -27,7 +26,7 @@ from .models import build_model, default_forward
 from .plots import GREY, RIGHT, WRONG, _figure, accuracy_figure
 from .records import _forms, find_record, make_record, method_label, metric_by_seed, paired_difference, save_record
 from .runs import PRECISIONS, _code_fingerprint, _setting
-from .semisup import SSL_RULES, FixMatch, HiddenLabels, PseudoLabel, PseudoLabelMeter, Rule, UDA, UnlabelledImages, _labeller, labelled_split, train_ssl
+from .semisup import SSL_RULES, FixMatch, HiddenLabels, PseudoLabel, PseudoLabelMeter, Rule, UDA, UnlabelledImages, _labeller, label_quality, labelled_split, train_ssl
 
 # %% ../nbs/13c_ssl_runs.ipynb #bebf0f69
 @dataclass(frozen=True)
@@ -90,45 +89,17 @@ def ssl_task_data(
     return labelled, UnlabelledImages(pool.x, pool.index, pool.fingerprint), HiddenLabels(pool.clean_y, pool.index), test
 
 # %% ../nbs/13c_ssl_runs.ipynb #32c911b6
-def label_quality(
-    confidence:Tensor, # (k,) probability of the class that is named
-    right:Tensor, # (k,) whether it is the true one
-    threshold:float # from which probability a label counts
-)->dict: # 'precision' (None where no label counts), 'coverage', 'pseudo_accuracy', 'confidence', in [0, 1]
-    "How good, how many and how sure pseudo-labels are"
-    counts, mean = confidence >= threshold, lambda v: float(v.double().mean())
-    return dict(precision=mean(right[counts]) if counts.any() else None, coverage=mean(counts), pseudo_accuracy=mean(right), confidence=mean(confidence))
-
 def confidence_diagnostics(
     confidence:Tensor, # (k,) probability of the class that is named
     right:Tensor, # (k,) whether it is the true one
-    name:str='confidence', # what the results are called
-    bins:int=20 # of the histogram, from 0 to 1
+    bins:int=20, # of the histogram, from 0 to 1
+    name:str='confidence' # what the results are called
 )->dict: # NAME_auc (None where all are right or all wrong), NAME_error: expected calibration error, NAME_histogram: edges (bins + 1), right and wrong (bins counts)
     "How well low confidence detects wrong pseudo-labels, how far it is from a probability, and the two histograms"
     p, right, edges = confidence.cpu().double().numpy(), right.cpu().numpy(), np.linspace(0, 1, bins + 1)
     count = lambda rows: np.histogram(p[rows].clip(0, 1), edges)[0].tolist()
     return {f'{name}_auc': float(roc_auc_score(~right, -p)) if 0 < right.sum() < len(right) else None, f'{name}_error': calibration_error(confidence, torch.as_tensor(right).to(confidence.device)),
         f'{name}_histogram': dict(edges=edges.round(6).tolist(), right=count(right), wrong=count(~right))}
-
-# %% ../nbs/13c_ssl_runs.ipynb #bdca8c99
-@dataclass(frozen=True, eq=False)
-class ConfidenceMeter(PseudoLabelMeter):
-    "A `PseudoLabelMeter` that also says how sure the labels are"
-    def judged(self,
-        model:nn.Module, # who writes the labels, used in eval mode
-        forward:Callable=default_forward # forward(model, batch) -> logits
-    )->tuple[Tensor, Tensor]: # (k,) probability of the class that is named, (k,) whether it is the true one
-        "Each of the chosen images"
-        confidence, labels = self.logits(model, forward).float().softmax(1).max(1)
-        return confidence, labels == self.truth.of(self.unlabelled.index[self.chosen])
-
-    def __call__(self,
-        model:nn.Module, # who writes the labels
-        forward:Callable=default_forward # forward(model, batch) -> logits
-    )->dict: # see `label_quality`
-        "How good, how many and how sure they are"
-        return label_quality(*self.judged(model, forward), self.threshold)
 
 # %% ../nbs/13c_ssl_runs.ipynb #1b1d01fc
 @dataclass(frozen=True, eq=False)
@@ -189,7 +160,7 @@ def _settings(task):
 
 def _meter(c, rule):
     "Measures with the rule's threshold where pseudo-labels pass it, else with the customary one"
-    return ConfidenceMeter(c.labelled, c.unlabelled, c.truth, rule.threshold if isinstance(rule, (PseudoLabel, FixMatch, UDA)) else .95)
+    return PseudoLabelMeter(c.labelled, c.unlabelled, c.truth, rule.threshold if isinstance(rule, (PseudoLabel, FixMatch, UDA)) else .95)
 
 def _accuracies(run, test):
     "Of the average, whose accuracies by class are kept too, of the student, and of a teacher if there is one"
@@ -202,7 +173,7 @@ def _uncalibrated(run, meter, right):
     "Of cross-fitted teachers: what their own confidence in the same labels is worth, beside the weight"
     if not isinstance(run.state, Teachers): return {}
     with evaluating(run.state): said = torch.cat([run.state.confidence(run.state.images(meter.unlabelled.x[p])) for p in meter.chosen.split(500)])
-    return confidence_diagnostics(said, right, 'uncalibrated') | dict(uncalibrated_confidence=float(said.mean()))
+    return confidence_diagnostics(said, right, name='uncalibrated') | dict(uncalibrated_confidence=float(said.mean()))
 
 def _ssl_metrics(run, meter, test):
     "What a record keeps: accuracies, and the pseudo-labels at the end"

@@ -6,8 +6,8 @@ import pytest, torch
 from kd_aif import ssl_runs
 from kd_aif.data import load_images
 from kd_aif.records import METHODS, load_records
-from kd_aif.semisup import SSL_RULES, FixMatch
-from kd_aif.ssl_runs import (SSL_RUNNERS, SSL_TASKS, ConfidenceMeter, SSLContext, accuracy_cost_figure, confidence_diagnostics, confidence_figure, label_quality, make_ssl_task,
+from kd_aif.semisup import SSL_RULES, FixMatch, PseudoLabelMeter, label_quality
+from kd_aif.ssl_runs import (SSL_RUNNERS, SSL_TASKS, SSLContext, accuracy_cost_figure, confidence_diagnostics, confidence_figure, make_ssl_task,
     pseudo_label_curves, run_ssl_task, ssl_figures, ssl_task_data, ssl_title)
 
 SHORT = dict(n_unlabelled=200, steps=6, batch_size=10, ratio=2, every=2)
@@ -124,14 +124,14 @@ class Stop(Exception): pass
 @pytest.mark.parametrize('method', ['fixmatch', 'temporal_ensembling', 'mpl'])
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(method, tmp_path):
     whole, _ = run(method)
-    measure, calls = ConfidenceMeter.__call__, []
+    measure, calls = PseudoLabelMeter.__call__, []
     def stop(meter, *args):
         calls.append(meter)
         if len(calls) == 3: raise Stop
         return measure(meter, *args)
-    with mock.patch.object(ConfidenceMeter, '__call__', stop), pytest.raises(Stop): run(method, tmp_path/'out')
+    with mock.patch.object(PseudoLabelMeter, '__call__', stop), pytest.raises(Stop): run(method, tmp_path/'out')
     assert len(kept(tmp_path/'cache')) == 1 and kept(tmp_path/'out') == [] and calls
-    with mock.patch.object(ConfidenceMeter, '__call__', lambda *args: calls.append(args) or measure(*args)): resumed, _ = run(method, tmp_path/'out')
+    with mock.patch.object(PseudoLabelMeter, '__call__', lambda *args: calls.append(args) or measure(*args)): resumed, _ = run(method, tmp_path/'out')
     assert len(calls) == 4, 'only the last part was run again'
     assert timeless(resumed) == timeless(whole) and resumed.history == whole.history and resumed.key == whole.key and kept(tmp_path/'cache') == []
 
