@@ -241,3 +241,17 @@ def test_errors_have_a_remedy(arguments, message, capsys, tmp_path):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 def test_every_peer_has_a_label(): assert set(B.PEER_LABELS) == set(PEERS) and all(B.row_label(n) != n for n in (*B.ROWS, *B.LDS_ROWS) if n != 'LiSSA')
+
+def test_the_command_line_measures_steps_with_few_labels(monkeypatch, capsys, tmp_path):
+    from kd_aif import bench
+    from kd_aif.records import make_record
+    seen = {}
+    def measure(task, rounds, out):
+        seen.update(task=task, rounds=rounds, out=out)
+        data = dict(name='digits', fingerprint='0', rows=dict(labelled=40), noise=dict(kind='none'), note='')
+        return make_record(experiment='ssl_cost', tier='smoke', dataset=data, method='ssl_cost', teacher='', student='cnn4', seed=0, config=dict(methods=['fixmatch', 'kd_aif_ssl'], batch_size=20, ratio=3, device='cpu'),
+            metrics=dict(first_seconds_per_step=.01, second_seconds_per_step=.012, ratio=1.2, ratio_low=1.1, ratio_high=1.3))
+    monkeypatch.setattr(bench, 'ssl_cost_bench', measure)
+    bench.kd_aif_bench('ssl', dataset='digits', model='cnn4', repeats=2, out=str(tmp_path))
+    assert (seen['task'].dataset, seen['task'].student, seen['rounds']) == ('digits', 'cnn4', 2)
+    assert 'FixMatch 10.0 ms a step, KD-AIF, semi-supervised 12.0 ms, 1.20 times as much (1.10 to 1.30)' in capsys.readouterr().out
