@@ -99,7 +99,7 @@ def kd_aif_run(
 @call_parse
 def kd_aif_run_ssl(
     dataset:str='digits', # data set: digits, cifar10 or svhn
-    method:str='supervised,pseudo_label,fixmatch,mpl', # method, or several separated by commas; kd_aif.ssl_runs.SSL_RUNNERS has them all
+    method:str='supervised,pseudo_label,fixmatch,mpl,kd_aif_ssl', # method, or several separated by commas; kd_aif.ssl_runs.SSL_RUNNERS has them all
     tier:str=None, # smoke, lite or full; default the smallest that the data set has
     n_labelled:int=None, # images with labels, a multiple of the number of classes; default from the tier
     n_unlabelled:int=None, # images used without their labels, the labelled ones among them; default from the tier
