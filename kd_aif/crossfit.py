@@ -142,7 +142,9 @@ class Teachers(nn.Module):
         self.register_buffer('direction', torch.zeros(2, layer.out_features, layer.in_features + (layer.bias is not None), device=device)); self.register_buffer('gamma', torch.ones((), device=device))
 
     @property
-    def network(self): return self                                                        # who writes the pseudo-labels
+    def network(self)->nn.Module: # this module
+        "Who writes the pseudo-labels"
+        return self
 
     def half_of(self,
         index:Tensor # (b,) of labelled images
