@@ -277,7 +277,7 @@ def confidence_figure(
     "Confidence of right and of wrong pseudo-labels at the end, one panel per method and form, seeds together"
     known = _forms([r for r in records if r.metrics.get('confidence_histogram')])
     before = {label: [r for r in rs if r.metrics.get('uncalibrated_histogram')] for label, _, rs in known}
-    shown = [panel for label, _, rs in known for panel in [(f'{label}: weight' if before[label] else label, rs, 'confidence'), (f'{label}: before', before[label], 'uncalibrated')] if panel[1]]
+    shown = [panel for label, _, rs in known for short in [label.partition(',')[0]] for panel in [(f'{short}: weight' if before[label] else label, rs, 'confidence'), (f'{short}: before', before[label], 'uncalibrated')] if panel[1]]
     if not shown: return None
     nrows = math.ceil(len(shown)/ncols)
     figure = _figure(2.7*ncols, .7 + 2.2*nrows, 'Confidence of pseudo-labels')
