@@ -36,9 +36,9 @@ from .records import find_record, make_record, method_label, save_record
 from .runs import _TRAINING_CODE, _code_fingerprint, make_task
 from .scoring import directional_scores
 from .solvers import CG, EKFAC, KFAC, LBFGS, Diagonal, Exact, Identity, LiSSA, Woodbury
-from .truth import Refits, _query_spearman, _resampled, half_subsets, lds, lds_ceiling, predicted_losses, refit
 from .ssl_cost import ssl_cost_bench, ssl_cost_line
 from .ssl_runs import make_ssl_task
+from .truth import Refits, _query_spearman, _resampled, half_subsets, lds, lds_ceiling, predicted_losses, refit
 
 # %% ../nbs/15_bench.ipynb #15-bench-006
 @lru_cache(4)

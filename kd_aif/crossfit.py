@@ -14,7 +14,6 @@ from typing import ClassVar
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from .core import check_fraction, check_whole, generator
 from .data import ImageBatches, ImageData, augmentation_for
 from .influence import LastLayerGaussNewton, LastLayerView, last_layer_solver, last_layer_view, stratified_folds
@@ -136,7 +135,7 @@ class Teachers(nn.Module):
         self.averages = nn.ModuleList(copy.deepcopy(n).requires_grad_(False).eval() for n in networks)
         self.optimizers = [make_optimizer(n) for n in self.networks]
         self.labelled, self.others, self.weak, self.seed = labelled, others, weak, seed
-        self.half = stratified_folds(labelled.y, 2, seed).to(device)
+        self.half, (self._keys, self._order) = stratified_folds(labelled.y, 2, seed).to(device), labelled.index.sort()
         layer = last_linear(self.averages[0], dict(x=self.images(labelled.x[:2])))[1]
         self.register_buffer('scales', torch.zeros(2, 2, device=device)); self.register_buffer('accuracy', torch.full((2,), torch.nan, device=device))
         self.register_buffer('direction', torch.zeros(2, layer.out_features, layer.in_features + (layer.bias is not None), device=device)); self.register_buffer('gamma', torch.ones((), device=device))
@@ -150,8 +149,7 @@ class Teachers(nn.Module):
         index:Tensor # (b,) of labelled images
     )->Tensor: # (b,) 0 or 1
         "Which teacher learns an image's label"
-        keys, order = self.labelled.index.sort()
-        return self.half[order[torch.searchsorted(keys, index)]]
+        return self.half[self._order[torch.searchsorted(self._keys, index)]]
 
     def images(self,
         x:Tensor, # (n, c, h, w) uint8

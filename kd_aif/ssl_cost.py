@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 from .records import find_record, make_record, method_label, save_record
 from .semisup import train_ssl
-from .ssl_runs import SSL_RUNNERS, SSLContext, _settings, ssl_task_data
+from .ssl_runs import SSL_RUNNERS, SSLContext, _settings, _ssl_data, ssl_task_data
 
 # %% ../nbs/14d_ssl_cost.ipynb #107dc3f8
 BLOCK = 75 # steps between two judgements
@@ -50,13 +50,11 @@ def ssl_cost_bench(
     "Measure what a step of one method costs beside another's, or find the record of it; raises `ValueError` for fewer than one round or block, or unknown methods"
     if rounds < 1 or blocks < 1: raise ValueError(f"rounds is {rounds} and blocks {blocks}; give 1 or more")
     if len(methods) != 2 or not set(methods) <= set(SSL_RUNNERS): raise ValueError(f"methods is {methods!r}; give two of {', '.join(SSL_RUNNERS)}")
-    labelled, unlabelled, truth, test = ssl_task_data(task, root, progress=False)
-    config = dict(methods=list(methods), batch_size=task.batch_size, ratio=task.ratio, precision=task.precision, rounds=rounds, blocks=blocks, device=labelled.x.device.type, threads=torch.get_num_threads())
-    rows = dict(labelled=len(labelled), unlabelled=len(unlabelled), test=len(test))
-    data = dict(name=task.dataset, fingerprint=unlabelled.fingerprint, labelled=labelled.fingerprint, rows=rows, noise=dict(kind='none'), note=labelled.note)
-    fields = dict(experiment=EXPERIMENT, tier=task.tier, dataset=data, method='ssl_cost', teacher='', student=task.student, seed=task.seed, config=config)
+    *data, test = ssl_task_data(task, root, progress=False)
+    context = SSLContext(task, *data)
+    config = dict(methods=list(methods), batch_size=task.batch_size, ratio=task.ratio, precision=task.precision, rounds=rounds, blocks=blocks, device=context.labelled.x.device.type, threads=torch.get_num_threads())
+    fields = dict(experiment=EXPERIMENT, tier=task.tier, dataset=_ssl_data(context, test), method='ssl_cost', teacher='', student=task.student, seed=task.seed, config=config)
     if out is not None and (known := find_record(out, make_record(**fields, metrics={}))): return known
-    context = SSLContext(task, labelled, unlabelled, truth)
     each = [[statistics.median(block_seconds(context, m, blocks)) for m in methods] for _ in range(rounds)]
     first, second = (statistics.median(s) for s in zip(*each))
     ratios = [b/a for a, b in each]

@@ -9,7 +9,6 @@ __all__ = ['SSL_TASKS', 'SSL_RUNNERS', 'CURVES', 'PSEUDO_METRICS', 'PUBLISHED', 
 
 # %% ../nbs/13c_ssl_runs.ipynb #ca2c9d82
 import dataclasses, math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, seaborn as sns
@@ -22,7 +21,7 @@ from .core import Stopwatch, cache_dir, check_fraction, check_positive, check_wh
 from .crossfit import CrossFit, Teachers, calibration_error
 from .data import ImageBatches, ImageData, load_images, subset
 from .distill import evaluate
-from .models import build_model, default_forward
+from .models import build_model
 from .plots import GREY, RIGHT, WRONG, _figure, accuracy_figure
 from .records import _forms, find_record, make_record, method_label, metric_by_seed, paired_difference, save_record
 from .runs import PRECISIONS, _code_fingerprint, _setting
@@ -136,15 +135,19 @@ def _plain_settings(thing):
     fields = dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()
     return {f.name: v for f in fields if isinstance(v := getattr(thing, f.name), (bool, int, float, str, type(None)))}
 
+def _ssl_data(c, test):
+    "What a record says of its data"
+    rows = dict(labelled=len(c.labelled), unlabelled=len(c.unlabelled), test=len(test))
+    return dict(name=c.task.dataset, fingerprint=c.unlabelled.fingerprint, labelled=c.labelled.fingerprint, rows=rows, noise=dict(kind='none'), note=c.labelled.note)
+
 def _ssl_identity(c, test, method, options, experiment):
     "The fields of a record that say which run it is"
-    task, rule, rows = c.task, options['rule'], dict(labelled=len(c.labelled), unlabelled=len(c.unlabelled), test=len(test))
+    task, rule = c.task, options['rule']
     unused = {'dataset', 'tier', 'student', 'seed', 'threshold', 'weight'} | (set() if rule.views else {'ratio'})
     config = {k: v for k, v in dataclasses.asdict(task).items() if k not in unused} | dict(rule=_plain_settings(rule))
     config |= {k: options[k] for k in ('finetune', 'finetune_lr') if k in options}
     if options.get('weights') is not None: config['weights'] = dict(kind=type(options['weights']).__name__) | _plain_settings(options['weights'])
-    data = dict(name=task.dataset, fingerprint=c.unlabelled.fingerprint, labelled=c.labelled.fingerprint, rows=rows, noise=dict(kind='none'), note=c.labelled.note)
-    return dict(experiment=experiment or f'{task.dataset}_ssl', tier=task.tier, dataset=data, method=method, teacher=task.student if rule.labeller == 'teacher' else '', student=task.student, seed=task.seed, config=config)
+    return dict(experiment=experiment or f'{task.dataset}_ssl', tier=task.tier, dataset=_ssl_data(c, test), method=method, teacher=task.student if rule.labeller == 'teacher' else '', student=task.student, seed=task.seed, config=config)
 
 # %% ../nbs/13c_ssl_runs.ipynb #67bebd39
 _SSL_CODE = 'core', 'data', 'augment', 'architectures', 'models', 'losses', 'distill', 'influence', 'semisup', 'crossfit' # the modules that decide what a run computes
