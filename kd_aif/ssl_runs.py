@@ -49,7 +49,7 @@ class SSLTask:
     seed:int = 0 # of everything
 
 SSL_TASKS = {('digits', 'smoke'): SSLTask('digits', 'smoke', 'cnn8', 40, None, 100, 20, 3, .1, .95),
-    ('cifar10', 'lite'): SSLTask('cifar10', 'lite', 'cnn32', 400, 10_000, 1500, 32, 4, .1, .99, every=75, precision='bfloat16'),
+    ('cifar10', 'lite'): SSLTask('cifar10', 'lite', 'cnn32', 1000, 10_000, 1500, 32, 4, .1, .99, every=75, precision='bfloat16'),
     ('svhn', 'lite'): SSLTask('svhn', 'lite', 'cnn32', 1000, None, 1500, 32, 4, .1, .99, every=75, precision='bfloat16'),
     ('cifar10', 'full'): SSLTask('cifar10', 'full', 'wrn_28_2', 4000, None, 2**17, every=2048, precision='bfloat16'),
     ('svhn', 'full'): SSLTask('svhn', 'full', 'wrn_28_2', 1000, None, 2**17, every=2048, precision='bfloat16')}

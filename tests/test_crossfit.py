@@ -20,7 +20,7 @@ def split(): return labelled_split(subset(load_images('digits'), 300, 0), 40, 0)
 
 def network(seed=0, name='cnn8'): return build_model(name, 10, 1, seed=seed)
 def distil(split, student=None, teacher=network, **more): return cf.distill_ssl(student or network(), teacher, *split[:2], **(SHORT | dict(refresh=2) | more))
-def teachers(split, seed=0, weak=None): return cf.Teachers([network(1), network(2)], *split[:2], lambda m: ssl_sgd(m, .1), weak, seed)
+def teachers(split, seed=0, weak=None): return cf.Teachers([network(1), network(2)], *split[:2], lambda m: ssl_sgd(m, .1), weak, seed=seed)
 def tensors(module): return {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
 def same(a, b): return all(torch.equal(p, q) for p, q in zip(tensors(a).values(), tensors(b).values(), strict=True))
 
@@ -77,19 +77,25 @@ def test_reliability_counts_every_sample_once(seed, bins):
 
 # What a teacher may know
 
-def test_halves_are_balanced_and_each_label_belongs_to_one(split):
-    both = teachers(split)
-    for c in range(10): assert both.half[split[0].y == c].bincount().tolist() == [2, 2]
-    order = torch.randperm(40)
-    assert torch.equal(both.half_of(split[0].index[order]), both.half[order])
+@pytest.mark.parametrize('n, folds', [(40, 2), (80, 4), (120, 3)])
+def test_parts_are_balanced_and_each_teacher_leaves_one_out(n, folds):
+    labelled, unlabelled, _ = labelled_split(subset(load_images('digits'), 300, 0), n, 0)
+    both = cf.Teachers([network(1), network(2)], labelled, unlabelled, lambda m: ssl_sgd(m, .1), None, folds)
+    for c in range(10): assert both.fold[labelled.y == c].bincount().tolist() == [n//10//folds]*folds
+    order = torch.randperm(n)
+    for k in (0, 1): assert torch.equal(both.learns(k, labelled.index[order]), both.fold[order] != k) and int((~both.learns(k, labelled.index)).sum()) == n//folds
 
-def test_a_teacher_does_not_learn_the_other_halfs_labels(split):
-    labelled, unlabelled, _ = split
-    half = teachers(split).half
-    wrong = replace(labelled, y=torch.where(half == 1, (labelled.y + 1) % 10, labelled.y))
-    with mock.patch.object(cf, 'stratified_folds', lambda *args: half):                         # the same halves for both
-        a, b = (distil((data, unlabelled), refresh=10) for data in (labelled, wrong))           # no judgement in six steps
-    assert same(a.state.networks[0], b.state.networks[0]) and not same(a.state.networks[1], b.state.networks[1]) and not same(a.student, b.student)
+@pytest.mark.parametrize('smallest, folds', [(2, 2), (19, 2), (29, 2), (30, 3), (79, 7), (400, 8)])
+def test_parts_by_the_smallest_class(smallest, folds): assert cf.judging_folds(torch.arange(3).repeat_interleave(torch.tensor([smallest, 500, 900]))) == folds
+
+@pytest.mark.parametrize('folds, n', [(2, 40), (4, 80)])
+def test_a_teacher_does_not_learn_the_labels_that_judge_it(folds, n):
+    labelled, unlabelled, _ = labelled_split(subset(load_images('digits'), 300, 0), n, 0)
+    fold = cf.stratified_folds(labelled.y, folds, 0)
+    wrong = replace(labelled, y=torch.where(fold == 1, (labelled.y + 1) % 10, labelled.y))
+    with mock.patch.object(cf, 'stratified_folds', lambda *args: fold):                         # the same parts for both
+        a, b = (distil((data, unlabelled), folds=folds, refresh=10) for data in (labelled, wrong)) # no judgement in six steps
+    assert same(a.state.networks[1], b.state.networks[1]) and not same(a.state.networks[0], b.state.networks[0]) and not same(a.student, b.student)
 
 def test_the_student_reaches_no_teacher(split):
     a, b = (distil(split, network(s)) for s in (0, 5))
@@ -101,6 +107,20 @@ def test_nothing_is_learned_from_unjudged_labels(split):
     weights = [p for n, p in a.student.named_parameters() if p.ndim > 1]
     assert len(weights) and all(torch.isfinite(p).all() for p in weights) and not torch.isnan(a.state.gamma)
     assert distil(split, refresh=2).history[-1]['mask'] > 0 and 'mask' not in b.history[-1]
+
+@pytest.mark.parametrize('share, taught', [(1., .4), (.25, 1.), (0., .5), (.5, 0.), (1., 1.)])
+@pytest.mark.parametrize('u', [40, 41])
+def test_each_looks_at_what_is_learned_and_at_no_more(split, share, taught, u):
+    rule = cf.CrossFit(split[0], share, taught)
+    own, middle, looks = rule.parts(u)
+    everything = list(range(u))
+    first, second = (set(everything[s]) for s in own)
+    assert len(first) == len(second) == int(share*u)//2 and not first & second and len(everything[middle]) == int(taught*u)
+    for mine, look in zip((first, second), looks):
+        seen, wanted = set(everything[look]), mine | set(everything[middle])
+        assert wanted <= seen and len(seen) <= max(len(mine), u - middle.start)
+    run = distil(split, share=share, taught=taught, steps=4)
+    assert all(torch.isfinite(torch.tensor(h['loss_unlabelled'])) for h in run.history) and (taught == 0) == (run.history[-1]['mask'] == 0)
 
 def test_a_refresh_is_a_function_of_its_number(split):
     a, b, c = (teachers(split, weak=lambda x, g: x.roll(int(torch.randint(3, (), generator=g)), 3)) for _ in range(3))
@@ -158,11 +178,11 @@ def test_one_labelled_image_in_a_batch(split):
     run = distil(split, batch_size=1, ratio=30)
     assert all(torch.isfinite(v).all() for v in tensors(run.state).values() if v.is_floating_point() and v.ndim > 1)
 
-@pytest.mark.parametrize('change, error, message', [(dict(teacher='resnet20'), TypeError, 'teacher is a str'), (dict(share=-1.), ValueError, 'share'), (dict(share=1.5), ValueError, 'share'), (dict(refresh=0), ValueError, 'refresh'), (dict(refresh=2.5), ValueError, 'refresh'),
+@pytest.mark.parametrize('change, error, message', [(dict(teacher='resnet20'), TypeError, 'teacher is a str'), (dict(share=-1.), ValueError, 'share'), (dict(share=1.5), ValueError, 'share'), (dict(taught=2.), ValueError, 'taught'), (dict(folds=1), ValueError, 'folds'), (dict(folds=3), ValueError, 'give at least 6'), (dict(refresh=0), ValueError, 'refresh'), (dict(refresh=2.5), ValueError, 'refresh'),
     (dict(ema=2.), ValueError, 'ema'), (dict(steps=0), ValueError, 'steps'), (dict(weights=3), TypeError, 'weights')])
 def test_settings_that_make_no_sense(split, change, error, message):
     with pytest.raises(error, match=message): distil(split, **change)
 
-def test_labels_that_cannot_be_halved_twice(split):
+def test_labels_that_cannot_be_cut_twice(split):
     with pytest.raises(ValueError, match='3 images of one class; give at least 4'): cf.CrossFit(split[0].take((torch.arange(40) != (split[0].y == 0).nonzero()[0, 0]).nonzero()[:, 0]))
     with pytest.raises(TypeError, match='labelled is a UnlabelledImages'): cf.CrossFit(split[1])
