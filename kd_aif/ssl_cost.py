@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 from .records import find_record, make_record, method_label, save_record
 from .semisup import train_ssl
-from .ssl_runs import SSL_RUNNERS, SSLContext, _settings, _ssl_data, ssl_task_data
+from .ssl_runs import SSL_RUNNERS, SSLContext, _plain_settings, _settings, _ssl_data, ssl_task_data
 
 # %% ../nbs/14d_ssl_cost.ipynb #107dc3f8
 BLOCK = 75 # steps between two judgements
@@ -52,7 +52,8 @@ def ssl_cost_bench(
     if len(methods) != 2 or not set(methods) <= set(SSL_RUNNERS): raise ValueError(f"methods is {methods!r}; give two of {', '.join(SSL_RUNNERS)}")
     *data, test = ssl_task_data(task, root, progress=False)
     context = SSLContext(task, *data)
-    config = dict(methods=list(methods), batch_size=task.batch_size, ratio=task.ratio, precision=task.precision, rounds=rounds, blocks=blocks, device=context.labelled.x.device.type, threads=torch.get_num_threads())
+    rules = {m: _plain_settings(SSL_RUNNERS[m](context)['rule']) for m in methods}
+    config = dict(methods=list(methods), rules=rules, batch_size=task.batch_size, ratio=task.ratio, precision=task.precision, rounds=rounds, blocks=blocks, device=context.labelled.x.device.type, threads=torch.get_num_threads())
     fields = dict(experiment=EXPERIMENT, tier=task.tier, dataset=_ssl_data(context, test), method='ssl_cost', teacher='', student=task.student, seed=task.seed, config=config)
     if out is not None and (known := find_record(out, make_record(**fields, metrics={}))): return known
     each = [[statistics.median(block_seconds(context, m, blocks)) for m in methods] for _ in range(rounds)]
