@@ -359,21 +359,14 @@ class PseudoLabelMeter:
         if not len(free): raise ValueError("unlabelled: every image has a label; give more images, or leave the meter out")
         return free[torch.randperm(len(free), generator=generator(self.seed, 'meter'))[:self.limit]].sort().values.to(self.unlabelled.x.device)
 
-    def logits(self,
-        model:nn.Module, # who writes the labels, used in eval mode
-        forward:Callable=default_forward # forward(model, batch) -> logits
-    )->Tensor: # (k, C), of the chosen images
-        "What the network says"
-        normalise = ImageBatches(self.labelled, 1)._normalise
-        with evaluating(model), torch.no_grad():
-            return torch.cat([forward(model, dict(x=normalise(self.unlabelled.x[p]))) for p in self.chosen.split(500)])
-
     def judged(self,
-        model:nn.Module, # who writes the labels, used in eval mode
+        model:nn.Module, # who writes the labels, used in eval mode; one that has `named(x, forward)` says itself how sure it is of which label
         forward:Callable=default_forward # forward(model, batch) -> logits
     )->tuple[Tensor, Tensor]: # (k,) probability of the class that is named, (k,) whether it is the true one
         "Each of the chosen images"
-        confidence, labels = self.logits(model, forward).float().softmax(1).max(1)
+        named = getattr(model, 'named', lambda x, forward: forward(model, dict(x=x)).float().softmax(1).max(1))
+        normalise = ImageBatches(self.labelled, 1)._normalise
+        with evaluating(model), torch.no_grad(): confidence, labels = map(torch.cat, zip(*(named(normalise(self.unlabelled.x[p]), forward) for p in self.chosen.split(500))))
         return confidence, labels == self.truth.of(self.unlabelled.index[self.chosen])
 
     def __call__(self,

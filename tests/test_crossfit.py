@@ -99,7 +99,34 @@ def test_a_teacher_does_not_learn_the_labels_that_judge_it(folds, n):
 
 def test_the_student_reaches_no_teacher(split):
     a, b = (distil(split, network(s)) for s in (0, 5))
-    assert same(a.state, b.state) and not same(a.student, b.student)
+    assert not same(a.student, b.student) and not torch.equal(a.state.exponents, b.state.exponents)
+    assert {k for k, v in tensors(a.state).items() if not torch.equal(v, tensors(b.state)[k])} == {'exponents'}, 'it has a say in the weights alone'
+
+def test_without_a_student_the_weight_is_the_teachers_probability(split):
+    both = teachers(split)
+    both.refresh(0, n_others=100)
+    x = both.images(split[1].x[:30])
+    weights, labels = both.named(x)
+    assert torch.equal(weights, both(x).exp().amax(1)) and torch.equal(labels, both(x).argmax(1)) and both.exponents.tolist() == [1., 0.]
+
+@quick
+@given(st.integers(0, 10**6), st.floats(.5, 3.))
+def test_doubts_move_trust_and_leave_its_sum(seed, sure):
+    g = torch.Generator().manual_seed(seed)
+    q, p = torch.randn(400, 6, generator=g).log_softmax(1), (sure*torch.randn(400, 6, generator=g)).log_softmax(1)
+    found = cf.doubt_exponents(q, p)
+    weights, labels = cf.doubted(q, p, found)
+    assert torch.equal(labels, q.argmax(1)) and float(weights.mean()) == pytest.approx(float(q.exp().amax(1).mean()), abs=1e-3)
+    agree = p.argmax(1) == labels
+    assert weights[agree].mean() > weights[~agree].mean()
+
+def test_a_student_that_says_nothing_or_contradicts_everywhere():
+    q = (3*torch.randn(200, 5)).log_softmax(1)
+    weights, _ = cf.doubted(q, nothing := torch.full_like(q, .2).log(), cf.doubt_exponents(q, nothing))
+    assert torch.allclose(weights, q.exp().amax(1), atol=1e-3)
+    against = torch.where(torch.nn.functional.one_hot(q.argmax(1), 5).bool(), -20., q).log_softmax(1)
+    found = cf.doubt_exponents(q, against)
+    assert torch.isfinite(torch.tensor(found)).all() and (cf.doubted(q, against, found)[0] < .5).all()
 
 def test_nothing_is_learned_from_unjudged_labels(split):
     a, b = distil(split, refresh=10, steps=5), train_ssl(network(), Supervised(), *split[:2], **(SHORT | dict(steps=5)))

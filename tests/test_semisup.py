@@ -231,12 +231,21 @@ def test_the_meter_counts_what_it_should(split):
     labelled, unlabelled, truth = split
     meter = ssl.PseudoLabelMeter(labelled, unlabelled, truth, threshold=.4, limit=100)
     assert len(meter.chosen) == 100 and not set(unlabelled.index[meter.chosen].tolist()) & set(labelled.index.tolist())
-    p, y = meter.logits(network()).softmax(1), truth.of(unlabelled.index[meter.chosen])
+    x, y = ssl.ImageBatches(labelled, 1)._normalise(unlabelled.x[meter.chosen]), truth.of(unlabelled.index[meter.chosen])
+    with torch.no_grad(): p = network().eval()(x).softmax(1)
     sure, right = p.amax(1) >= .4, p.argmax(1) == y
     found = meter(network())
     assert found['coverage'] == pytest.approx(float(sure.float().mean())) and found['pseudo_accuracy'] == pytest.approx(float(right.float().mean()))
     assert ssl.PseudoLabelMeter(labelled, unlabelled, truth, threshold=1.)(network())['precision'] is None
     with pytest.raises(ValueError, match='every image has a label'): ssl.PseudoLabelMeter(*ssl.labelled_split(labelled, 20, 0)).chosen
+
+def test_the_meter_asks_who_names_labels_itself(split):
+    class Sure(nn.Module):
+        def named(self, x, forward): return torch.full((len(x),), .3), torch.full((len(x),), 7)
+    labelled, unlabelled, truth = split
+    meter = ssl.PseudoLabelMeter(labelled, unlabelled, truth, threshold=.2, limit=100)
+    confidence, right = meter.judged(Sure())
+    assert (confidence == torch.tensor(.3)).all() and torch.equal(right, truth.of(unlabelled.index[meter.chosen]) == 7)
 
 
 # Rules
