@@ -349,7 +349,7 @@ def weight_claims(
     auc, before, error, error_before = map(of, ('confidence_auc', 'uncalibrated_auc', 'confidence_error', 'uncalibrated_error'))
     def mean(values): return f'{np.mean(list(values.values())):.3f}'
     def gap(d): return f'{d.mean:+.3f}' + (f' [{d.low:+.3f}, {d.high:+.3f}]' if d.n > 1 else '')
-    found = [(f'AUC of the weight for wrong pseudo-labels at least {least}', auc, dict.fromkeys(auc, least)), ('AUC of the weight above that of confidence', auc, before), ('calibration error of the weight below that of confidence', error_before, error)]
+    found = [(f'AUC of the weight for wrong pseudo-labels at least {least}', auc, dict.fromkeys(auc, least)), ('AUC of the weight above that of confidence', auc, before), ('calibration error of confidence above that of the weight', error_before, error)]
     rows = [(claim, f'{mean(a)} and {mean(b)}, difference {gap(d)} ({d.n} seeds)', _verdict(d)) for claim, a, b in found if (d := paired_difference(a, b)).n]
     return pd.DataFrame(rows, columns=['claim', 'measured', 'holds'])
 
