@@ -331,6 +331,13 @@ class CrossFit(Rule):
         weak = augmentation_for(self.labelled.name) if isinstance(self.weak, str) and self.weak == 'auto' else self.weak
         return Teachers(networks, self.labelled, unlabelled, make_optimizer, weak, self.folds, self.seed)
 
+    def meet(self,
+        state:Teachers, # what `start` returned
+        average:nn.Module # the student's
+    )->None: # nothing
+        "The student that has a say in the weights is the averaged one"
+        state.student = average,
+
     def parts(self,
         u:int # unlabelled images in a step
     )->tuple[tuple, slice, tuple]: # what each teacher learns, what the student learns, what each teacher looks at
@@ -343,7 +350,6 @@ class CrossFit(Rule):
     def __call__(self, step:SSLStep)->Terms: # weights as mask, and pseudo-labels, both zero where the student learns nothing
         "The student's losses of a step"
         every, x = self.every(step.steps), step.unlabelled['x']
-        step.state.student = step.average,
         if step.number and step.number % every == 0: step.state.refresh(step.number, self.looks, forward=step.forward)
         own, taught, looks = self.parts(u := len(x))
         said = [F.pad(step.state.says(k, x[s], step.forward)[0], (0, 0, s.start, u - s.stop)) for k, s in enumerate(looks)]

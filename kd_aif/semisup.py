@@ -204,6 +204,12 @@ class Rule:
         "Prepare; by default there is nothing to remember"
         return None
 
+    def meet(self,
+        state:nn.Module|None, # what `start` returned
+        average:nn.Module # the student's moving average, which follows it from now on
+    )->None: # nothing
+        "Show the average to the state, before the first step and after an interruption; by default nothing"
+
     def after(self,
         step:SSLStep, # the same as in the call
         terms:Terms # what the call gave
@@ -509,6 +515,7 @@ def train_ssl(
     with torch.random.fork_rng():
         torch.manual_seed(generator(seed, 'start').initial_seed())
         state = rule.start(student, unlabelled, labelled.n_classes, lambda model: make_optimizer(model, lr))
+        rule.meet(state, average)
         parts = _stateful(student=student, average=average, optimizer=optimizer, state=state, weights=weights)
         number, history, watch.seconds = _resume(checkpoint, config, parts, device)
         bar = tqdm(total=steps, initial=number, desc=rule.name, **bar_options(progress))

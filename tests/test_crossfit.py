@@ -201,6 +201,12 @@ def test_a_run_is_a_function_of_its_seed_and_goes_on_from_a_checkpoint(split, tm
     for p, q in zip(whole.state.optimizers, resumed.state.optimizers): assert str(p.state_dict()) == str(q.state_dict())
     with pytest.raises(ValueError, match='checkpoint'): distil(split, share=.5, checkpoint=tmp_path/'a.pt')
 
+def test_a_finished_run_still_knows_its_student(split, tmp_path):
+    first, again = (distil(split, checkpoint=tmp_path/'a.pt') for _ in range(2))                # the second has nothing left to do
+    x = first.state.images(split[1].x[:30])
+    assert again.state.student[0] is again.average and first.state.exponents[1] > 0
+    for a, b in zip(first.state.named(x), again.state.named(x)): assert torch.equal(a, b)
+
 def test_one_labelled_image_in_a_batch(split):
     run = distil(split, batch_size=1, ratio=30)
     assert all(torch.isfinite(v).all() for v in tensors(run.state).values() if v.is_floating_point() and v.ndim > 1)
