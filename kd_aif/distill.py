@@ -23,7 +23,7 @@ from .losses import batch_cross_entropy, kd_loss, weighted_mean
 from .models import default_forward, feature_maps, features_and_logits, last_linear
 from .need import ClassNeeds, Need
 from .solvers import CG
-from .weights import CalibratedWeights, Replace, SampleWeights, conformal_intervals, effective_count, effective_sample_size, weights_from_influence, weights_from_intervals
+from .weights import CalibratedWeights, Replace, SampleWeights, effective_count, effective_sample_size, intervals_of_folds, weights_from_influence, weights_from_intervals
 
 # %% ../nbs/09_distill.ipynb #09-distill-007
 def _cat(parts):
@@ -520,9 +520,10 @@ def distill(
     extra:Extra|None=None, # one more term of the student's loss, of feature maps or logits; scores and class weights do not look at it
     beta:float|str='calibrated', # 'calibrated', or the strength of `transform`
     transform:str='sigmoid', # form of the weights when beta is a number
-    score:str|None=None, # what is scored; default 'local+loss' when calibrated, 'mean' (published) otherwise
+    score:str|None=None, # what is scored; default 'mean+loss' when calibrated, 'mean' (published) otherwise
     update=Replace(), # how new weights follow old ones: Replace(), EMA(m), Multiplicative(eta)
     folds:int=2, # validation folds of the calibration
+    borrow:bool=True, # calibrated: classes lend each other their reference samples, see `calibrated_weights`
     solver=None, # inverse-curvature solver; default exact for a small last layer, else CG
     last_layer:bool=True, # score with the last layer in closed form, or with all layers
     forward:Callable=default_forward, # forward(model, batch) -> logits (b, C)
@@ -535,11 +536,11 @@ def distill(
     """Train a student under weights that say how much each training sample helps on held-out data (arXiv 2501.02705; calibrated, balanced weights are ours).
     Raises `ValueError`/`TypeError` before any training for bad data, mismatched classes, settings out of range or weights of the wrong length."""
     config = dict(mechanism=mechanism, schedule=schedule, train_on_val=train_on_val, epochs=epochs, lr=lr, T=T, alpha=alpha, beta=beta, transform=transform,
-        score=score or ('local+loss' if beta == 'calibrated' else 'mean'), update=update, folds=folds, solver=solver, last_layer=last_layer,
+        score=score or ('mean+loss' if beta == 'calibrated' else 'mean'), update=update, folds=folds, borrow=borrow, solver=solver, last_layer=last_layer,
         need=(Need() if mechanism and beta == 'calibrated' else None) if need == 'auto' else need, loss=loss, extra=extra, autocast=autocast, compile=compile, cache_teacher=cache_teacher, seed=seed)
     index, held_out, val_index, val_y = _check_settings(student, teacher, train, val, test, weights, make_teacher, forward, config)
     joined = train_on_val and (mechanism or weights is not None)
-    table, clock, found, history = SampleWeights(len(index), transform, beta, update, good_labels=val_y if joined else None), Stopwatch(), [], []
+    table, clock, found, history = SampleWeights(len(index), transform, beta, update, good_labels=val_y if joined else None, borrow=borrow), Stopwatch(), [], []
     if isinstance(weights, Tensor): table.every[:len(weights)] = weights
     if joined: held_out, every = torch.cat([held_out, torch.ones_like(val_index, dtype=torch.bool)]), torch.cat([index, val_index])
     lookup, quick = _WeightTable(every if joined else index, held_out, table.every, _device(student)), autocast_forward(forward, autocast)
@@ -721,17 +722,19 @@ def out_of_fold_weights(
     val:Iterable[dict], # re-iterable held-out batches whose labels are good; no model is trained on them
     folds:int=2, # parts of the training set, and models to train
     loss:Callable=batch_cross_entropy, # loss(logits, batch) -> (b,)
-    score:str='local+loss', # what is scored, see `cross_scores`
+    score:str='mean+loss', # what is scored, see `cross_scores`
     forward:Callable=default_forward, # forward(model, batch) -> logits
     seed:int=0, # seed of the folds
     progress:bool=True # show bars
 )->CalibratedWeights: # .values (n,) in the order of plain(train)
     "Calibrated weights from models that have seen neither the samples they score nor the validation set; raises `ValueError` as `cross_scores`"
     index, y = (torch.cat([b[k].cpu() for b in plain(train)]) for k in ('index', 'y'))
-    part, low, high = stratified_folds(y, folds, seed), [None]*folds, [None]*folds
+    part, intervals = stratified_folds(y, folds, seed), []
     for k in range(folds):
         model = fit(SubsetBatches(train, index[part != k]))
         s = cross_scores(model, loss, SubsetBatches(plain(train), index[part == k]), plain(val), score=score, forward=forward, seed=seed, progress=progress)
-        low[k], high[k] = map(torch.stack, zip(*(conformal_intervals(v, r, s.labels, l) for v, r, l in zip(s.values, s.reference, s.reference_labels))))
+        low, high, test = intervals_of_folds(s.values, s.reference, s.labels, s.reference_labels)
+        intervals.append((low, high, *test))
     order = torch.cat([(part == k).nonzero()[:, 0] for k in range(folds)]).argsort()
-    return weights_from_intervals(torch.cat(low, 1)[:, order], torch.cat(high, 1)[:, order], effective_count(y, s.reference_labels, len(y)), y)
+    low, high, *test = (torch.cat(ends, 1)[:, order] for ends in zip(*intervals))
+    return weights_from_intervals(low, high, effective_count(y, s.reference_labels, len(y)), y, test=test)

@@ -463,7 +463,7 @@ def stratified_folds(
     return fold
 
 # %% ../nbs/07_influence.ipynb #07-influence-053
-SCORES = ('local+loss', 'local', 'mean', 'loss')
+SCORES = ('mean+loss', 'local+loss', 'mean', 'local', 'loss')
 
 def combine_scores(
     influence:Tensor, # (n,) influence scores of the samples to compare
@@ -548,7 +548,7 @@ def cross_scores(
     train:Iterable[dict], # re-iterable batches to score, un-augmented, in a fixed order; each holds 'index' and 'y'
     val:Iterable[dict], # re-iterable held-out batches with labels that are known to be good
     folds:int=2, # validation folds
-    score:str='local+loss', # 'local+loss', 'local', 'mean' or 'loss'
+    score:str='mean+loss', # one of `SCORES`
     solver=None, # default `last_layer_solver` or `all_layer_solver`
     last_layer:bool=True, # the last linear layer in closed form (one forward pass), or all layers
     val_loss:Callable|None=None, # loss whose fall on the validation samples is the aim; default `loss`
@@ -559,7 +559,7 @@ def cross_scores(
     """Scores of the training samples, and of held-out samples treated as training samples, under targets that have not seen the latter.
     Raises `ValueError` for an unknown `score` or too few validation samples. Ours; not part of the published method."""
     if score not in SCORES: raise ValueError(f"score is {score!r}; use one of {', '.join(SCORES)}")
-    target = 'mean' if score == 'mean' else 'local'
+    target = 'mean' if score.startswith('mean') else 'local'
     measure = _last_layer_folds if last_layer else _all_layer_folds
     t, v, fold, ours, theirs, found, seconds = measure(model, loss, val_loss, train, val, folds, target, solver, forward, seed, progress)
     values = torch.stack([combine_scores(i, t.losses, score, i, t.losses) for i in ours])

@@ -53,7 +53,8 @@ class Task:
     compile:bool = False # `torch.compile` the forward passes in training
     extra_weight:float|None = None # of a published loss of features or logits in the student's loss; None takes the published weight
     beta:float|str = 'calibrated' # 'calibrated', or the strength of sigmoid weights
-    score:str|None = None # what is scored; default 'local+loss' when calibrated, else 'mean'
+    score:str|None = None # what is scored; default 'mean+loss' when calibrated, else 'mean'
+    borrow:bool = True # in calibration classes lend each other their reference samples
     label:str|None = None # other label column of the data set
     seed:int = 0 # of everything
 
@@ -171,7 +172,7 @@ def trained_teacher(
     progress:bool=True # show bars
 )->tuple: # the trained teacher, and the seconds its training took
     "The task's teacher, trained with cross-entropy now, or earlier by the same code on the same data"
-    fields = {k: v for k, v in dataclasses.asdict(task).items() if k not in ('student', 'T', 'alpha', 'extra_weight', 'beta', 'score')}
+    fields = {k: v for k, v in dataclasses.asdict(task).items() if k not in ('student', 'T', 'alpha', 'extra_weight', 'beta', 'score', 'borrow')}
     identity = [fields, train.fingerprint, val.fingerprint, with_val, torch.__version__, train.x.device.type, _code_fingerprint(*_TRAINING_CODE)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     model, path = _new_model(task, 'teacher', train), Path(teachers or cache_dir()/'teachers')/f'{task.dataset}-{key}.safetensors'
@@ -186,6 +187,10 @@ def trained_teacher(
 _UNTAUGHT = 'ce', 'one', 'okddip' # methods in which no other network than the student's has a part
 _TAUGHT = *BETA, 'bdkd', 'pesf' # those with one more term in the student's loss
 
+def _calibrates(method, task):
+    "Whether the weights of a method come from calibrated scores"
+    return task.beta == 'calibrated' and method.startswith(('kd_aif', 'quality', 'small_loss_calibrated', 'self_influence', 'random', 'val_alone')) or method.endswith('_aif')
+
 def run_task(
     task:Task, # what to run
     method:str, # a name in `RUNNERS`: 'ce', 'kd', 'kd_val', 'kd_aif_student', 'kd_aif_both', …
@@ -199,7 +204,7 @@ def run_task(
     "Train one method on one task and record it; a run that has a record is not run again. Raises `ValueError` for an unknown method"
     if method not in RUNNERS: raise ValueError(f"method is {method!r}; use one of {', '.join(RUNNERS)}")
     train, val, test = task_data(task, root, progress)
-    unused = {'dataset', 'tier', 'teacher', 'student', 'seed'} | (set() if method.startswith('kd_aif') else {'beta', 'score'}) | ({'T', 'alpha'} if method in (*_UNTAUGHT, 'dml') else set()) | (set() if method.split('_')[0] in _TAUGHT and task.extra_weight else {'extra_weight'}) | (set() if task.compile else {'compile'})
+    unused = {'dataset', 'tier', 'teacher', 'student', 'seed'} | (set() if method.startswith('kd_aif') else {'beta', 'score'}) | (set() if _calibrates(method, task) else {'borrow'}) | ({'T', 'alpha'} if method in (*_UNTAUGHT, 'dml') else set()) | (set() if method.split('_')[0] in _TAUGHT and task.extra_weight else {'extra_weight'}) | (set() if task.compile else {'compile'})
     config = {k: v for k, v in dataclasses.asdict(task).items() if k not in unused} # fields of their own, and settings that the method does not use
     fields = dict(experiment=experiment or f'{task.dataset}_noise', tier=task.tier, dataset=describe_data(task, train, val, test), method=method,
         teacher='' if method in _UNTAUGHT else task.teacher, student=task.student, seed=task.seed, config=config)
@@ -234,7 +239,7 @@ class _Context:
         "(n + m,) calibrated weights, validation samples last, from what `score` says of the training samples and of known good ones, under the shared teacher"
         teacher, _ = self.shared_teacher()
         with self.clock('scoring'): s = score(teacher, batch_cross_entropy, self.t.plain(), self.v.plain(), progress=False)
-        return joint_weights(calibrated_weights(s.values, s.reference, s.labels, s.reference_labels).probability, s.labels, self.every_y[len(self.y):])
+        return joint_weights(calibrated_weights(s.values, s.reference, s.labels, s.reference_labels, borrow=self.task.borrow).probability, s.labels, self.every_y[len(self.y):])
 
     def pruned(self, wrong):
         "(n + m,) zero on the training samples that are taken for wrong, equal within the class on all others"
@@ -296,7 +301,7 @@ def _run_plain(c, with_val=False, teacher=True):
 def _run_aif(c, mechanism, **changes):
     "KD-AIF with one of its mechanisms: scores from the teacher that is there"
     teacher, spent = c.shared_teacher()
-    options = dict(beta=c.task.beta, score=c.task.score, make_teacher=lambda: c.model('teacher')) | changes
+    options = dict(beta=c.task.beta, score=c.task.score, borrow=c.task.borrow, make_teacher=lambda: c.model('teacher')) | changes
     run = distill(c.model('student'), teacher, c.t, c.v, mechanism=mechanism, test=c.test, **options, **c.settings)
     return run, dict(teacher=spent, scoring=run.seconds['scoring'], need=run.seconds.get('need', 0.), retraining=run.seconds.get('teacher', 0.), student=run.seconds['student'])
 
@@ -309,7 +314,7 @@ def _run_longer(c):
 
 def _run_together(c, **changes):
     "Teacher and student train together, with refreshes: no second training"
-    run = distill(c.model('student'), c.model('teacher'), c.t, c.v, mechanism='both', test=c.test, **changes, **c.settings)
+    run = distill(c.model('student'), c.model('teacher'), c.t, c.v, mechanism='both', borrow=c.task.borrow, test=c.test, **changes, **c.settings)
     return run, run.seconds
 
 # %% ../nbs/13b_runs.ipynb #13b-runs-021
@@ -336,7 +341,7 @@ def _run_feature(c, name, mechanism=None, with_val=True):
     student, first, every = c.model('student'), next(iter(c.t.plain())), MixedBatches(c.t, c.v, c.task.seed)
     with torch.no_grad(), evaluating(student, teacher): examples = [default_outputs(m, first) for m in (student, teacher)]
     extra = Extra(_taught_loss(c, name, teacher, examples, every if with_val else c.t), c.task.extra_weight or BETA.get(name, 1.))
-    run = distill(student, teacher, every if with_val and mechanism is None else c.t, c.v, mechanism=mechanism, extra=extra, test=c.test, **c.settings | dict(alpha=0.))
+    run = distill(student, teacher, every if with_val and mechanism is None else c.t, c.v, mechanism=mechanism, borrow=c.task.borrow, extra=extra, test=c.test, **c.settings | dict(alpha=0.))
     return run, dict(teacher=spent, **c.clock.seconds, **run.seconds)
 
 def _run_assistant(c):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRANSFORMS', 'GRID', 'DENSITIES', 'balanced', 'weights_from_influence', 'conformal_intervals', 'p_value_distribution',
-           'two_groups', 'effective_count', 'class_shares', 'CalibratedWeights', 'effective_sample_size',
-           'calibrated_weights', 'weights_from_intervals', 'joint_weights', 'Replace', 'EMA', 'Multiplicative',
-           'SampleWeights']
+           'two_groups', 'effective_count', 'class_shares', 'standardised', 'shared_intervals', 'CalibratedWeights',
+           'effective_sample_size', 'calibrated_weights', 'intervals_of_folds', 'weights_from_intervals',
+           'joint_weights', 'Replace', 'EMA', 'Multiplicative', 'SampleWeights']
 
 # %% ../nbs/08_weights.ipynb #08-weights-002
 import math
@@ -162,6 +162,60 @@ def class_shares(
     shares[known], errors[known] = (share + keep*deviation).clamp(0, 1), (keep/precision + (1 - keep)*common).sqrt()
     return shares, errors
 
+# %% ../nbs/08_weights.ipynb #d2f50925
+def _shrunken(deviation, noise, variance):
+    "Deviations from a common value, kept as far as they are no noise: τ²/(τ² + v) of each"
+    return deviation*variance/(variance + noise).clamp_min(torch.finfo(deviation.dtype).tiny)
+
+def _log_variances(square, free):
+    "(C,) logarithm of each class's variance, shrunk to their mean; Smyth (2004), section 4"
+    known, half = (free > 0) & (square > 0), free.clamp_min(1)/2
+    logs = (square/free.clamp_min(1)).clamp_min(torch.finfo(square.dtype).tiny).log() - torch.digamma(half) + half.log()
+    if not known.any(): return torch.zeros_like(square)
+    noise, centre = torch.polygamma(1, half), logs[known].mean()
+    between = (logs[known].var() - noise[known].mean()).clamp_min(0) if known.sum() > 1 else torch.zeros(())
+    return centre + torch.where(known, _shrunken(logs - centre, noise, between), 0.)
+
+def standardised(
+    scores:Tensor, # (n,) scores of the samples to judge
+    reference:Tensor, # (r,) scores of samples that are known to be good
+    labels:Tensor, # (n,) given labels
+    reference_labels:Tensor # (r,) labels of the reference
+)->tuple[Tensor, Tensor]: # (n,) scores and (r,) reference scores whose classes can be compared
+    "Take off each class's location and scale, which the reference tells, shrunk to those of all classes where a class has few samples. Ours; empirical Bayes (Efron and Morris, 1975; Smyth, 2004)"
+    z, C = reference_labels, int(max(labels.max(), reference_labels.max())) + 1
+    by_class = lambda values: torch.zeros(C, dtype=reference.dtype).index_add_(0, z, values)
+    n, total, centre = by_class(torch.ones_like(reference)), by_class(reference), reference.mean()
+    mean, free = total/n.clamp_min(1), (n - 1).clamp_min(0)
+    square = by_class((reference - mean[z])**2)
+    within = square.sum()/free.sum().clamp_min(1)
+    groups, spread = (n > 0).sum(), n.sum() - (n**2).sum()/n.sum()                                         # analysis of variance with unequal numbers
+    between = (((n*(mean - centre)**2).sum() - (groups - 1)*within)/spread).clamp_min(0) if groups > 1 else torch.zeros((), dtype=n.dtype)
+    location = lambda values, count: centre + torch.where(count > 0, _shrunken(values - centre, within/count.clamp_min(1), between), 0.)
+    without = location((total[z] - reference)/free[z].clamp_min(1), free[z])                               # the mean of the others
+    scale = (_log_variances(square, free)/2).exp()
+    return (scores - location(mean, n)[labels])/scale[labels], (reference - without)/scale[z]
+
+# %% ../nbs/08_weights.ipynb #53803bed
+def shared_intervals(
+    scores:Tensor, # (n,) scores of the samples to judge
+    reference:Tensor, # (r,) scores of samples that are known to be good
+    labels:Tensor, # (n,) given labels
+    reference_labels:Tensor # (r,) labels of the reference
+)->tuple[Tensor, Tensor]: # (n,) lower and (n,) upper end: the p-value is uniform between them
+    """Interval of each sample's p-value among the reference of all classes, `standardised` and weighted by the classes' shares of the samples to judge (Tibshirani et al., 2019). A class without reference is not judged: [0, 1].
+    Raises `ValueError` for scores that are not finite, or labels of another length."""
+    own = conformal_intervals(scores, reference, labels, reference_labels)                                 # checks, and the warning of a class without reference
+    labels, z = labels.cpu(), reference_labels.cpu()
+    s, r = standardised(_check_scores(scores).cpu(), _check_scores(reference).cpu(), labels, z)
+    C = int(max(labels.max(), z.max())) + 1
+    weight = labels.bincount(minlength=C)/z.bincount(minlength=C).clamp_min(1).double()
+    order, judged = r.argsort(), torch.isin(labels, z)
+    below = torch.nn.functional.pad(weight[z][order].cumsum(0), (1, 0))
+    total, mine = below[-1] + weight[labels], weight[labels]
+    low, high = (below[torch.searchsorted(r[order], s, right=right)] for right in (False, True))
+    return torch.where(judged, low/total, own[0]), torch.where(judged, (high + mine)/total, own[1])
+
 # %% ../nbs/08_weights.ipynb #08-weights-033
 @dataclass(frozen=True, repr=False)
 class CalibratedWeights:
@@ -201,7 +255,8 @@ def calibrated_weights(
     labels:Tensor|None=None, # (n,) given labels: compare and balance within the class
     reference_labels=None, # like `reference`: their labels
     significance:float=.05, # weights are exactly 1 unless "all good" is rejected at this level; 1 always weights
-    density:str='shrunk' # what classes have in common: 'shrunk' the shape, and the share as far as the data say so; 'pooled' shape and share; 'class' nothing
+    density:str='shrunk', # what classes have in common: 'shrunk' the shape, and the share as far as the data say so; 'pooled' shape and share; 'class' nothing
+    borrow:bool=True # classes lend each other their reference, see `shared_intervals`; False: each class is compared with its own alone
 )->CalibratedWeights: # .values (n,) of mean 1, .clean_fraction, .clean_fractions
     """w_i = π_c/(π_c + (1 − π_c)·f₁(u_i)), mean 1 within each class: the estimated probability that sample i is as good as the reference. Warns when the training samples score *better* than the reference.
     Raises `ValueError` for scores that are not finite or of the wrong length. Ours; conformal p-values (Vovk et al., 2005), local false discovery rate (Efron et al., 2001; 2008)."""
@@ -210,8 +265,23 @@ def calibrated_weights(
     reference_labels = [reference_labels]*len(scores) if reference_labels is None or isinstance(reference_labels, Tensor) else reference_labels
     if len(reference) != len(scores):
         raise ValueError(f"reference has {len(reference)} folds, scores have {len(scores)}; give one reference per fold")
-    low, high = map(torch.stack, zip(*(conformal_intervals(s, r, labels, l) for s, r, l in zip(scores, reference, reference_labels))))
-    return weights_from_intervals(low, high, effective_count(labels, reference if labels is None else reference_labels, scores.shape[1]), labels, significance, density)
+    low, high, test = intervals_of_folds(scores, reference, labels, reference_labels, borrow)
+    return weights_from_intervals(low, high, effective_count(labels, reference if labels is None else reference_labels, scores.shape[1]), labels, significance, density, test=test)
+
+def intervals_of_folds(
+    scores:Tensor, # (folds, n)
+    reference, # for each fold (r_k,)
+    labels:Tensor|None, # (n,) given labels
+    reference_labels, # for each fold (r_k,) labels, or None
+    borrow:bool=True # see `calibrated_weights`
+)->tuple: # (folds, n) low, (folds, n) high for the estimate, and both for the test
+    "Intervals of the p-values in every fold: shared between classes for the estimate, within the class for the test"
+    folds = list(zip(scores, reference, [labels]*len(scores), reference_labels))
+    test = tuple(map(torch.stack, zip(*(conformal_intervals(*f) for f in folds))))
+    if labels is None or not borrow: return *test, test
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                                      # they have just been given
+        return *map(torch.stack, zip(*(shared_intervals(*f) for f in folds))), test
 
 # %% ../nbs/08_weights.ipynb #08-weights-037
 def weights_from_intervals(
@@ -221,7 +291,8 @@ def weights_from_intervals(
     labels:Tensor|None=None, # (n,) given labels: balance within the class
     significance:float=.05, # weights are exactly 1 unless "all good" is rejected at this level
     density:str='shrunk', # what classes have in common, see `calibrated_weights`
-    least:float=.1 # share of good samples below which the reference is taken to come from another source: all weights are 1, with a warning; 0 believes everything
+    least:float=.1, # share of good samples below which the reference is taken to come from another source: all weights are 1, with a warning; 0 believes everything
+    test:tuple|None=None # (folds, n) lower and upper ends for the test that all samples are good; default those of the estimate
 )->CalibratedWeights: # as `calibrated_weights`
     "Calibrated weights from p-values that are already there; raises `ValueError` for an unknown `density`, a `significance` that is no fraction, no class with reference, or a number of classes that differs from `m`"
     check_fraction('significance', significance); check_fraction('least', least)
@@ -233,10 +304,12 @@ def weights_from_intervals(
     if not known.any(): known = torch.ones_like(known)
     if len(m) != int(groups.max()) + 1: raise ValueError(f"m has {len(m)} entries for {int(groups.max()) + 1} classes; give what effective_count(labels, ...) returns")
     at = groups.expand_as(low)[known]
-    F, counts = p_value_distribution(low[known], high[known], GRID, at, len(m)), at.bincount(minlength=len(m))
-    pooled, total = (F*(counts/counts.sum())[:, None]).nansum(0), _pooled(counts, m)
-    (share, shape), p_value = two_groups(pooled), _all_good(F, pooled, m, total)
-    if _pile_up(2*GRID - pooled, total) < .001: warnings.warn(_CONSERVATIVE)                # the same test on the other side
+    counts = at.bincount(minlength=len(m))
+    total, by_class = _pooled(counts, m), lambda ends: p_value_distribution(*(e[known] for e in ends), GRID, at, len(m))
+    together = lambda F: (F*(counts/counts.sum())[:, None]).nansum(0)
+    F, tested = by_class((low, high)), by_class(test or (low, high))
+    (share, shape), p_value = two_groups(together(F)), _all_good(tested, together(tested), m, total)
+    if _pile_up(2*GRID - together(tested), total) < .001: warnings.warn(_CONSERVATIVE)      # the same test on the other side
     shares, used, shapes = _class_mixtures(density, F, counts, m, share, shape, significance)
     comparable = p_value > significance or share >= least
     if not comparable: warnings.warn(_OTHER_SOURCE.format(share, least))
@@ -327,11 +400,12 @@ class SampleWeights:
         beta:float|str='calibrated', # strength of the transform, or 'calibrated'
         update=Replace(), # Replace(), EMA(m) or Multiplicative(eta)
         density:str='shrunk', # what classes have in common when calibrated, see `calibrated_weights`
-        good_labels:Tensor|None=None # (m,) labels of samples that train too and are good for sure: calibrated weights are balanced together with theirs, see `joint_weights`
+        good_labels:Tensor|None=None, # (m,) labels of samples that train too and are good for sure: calibrated weights are balanced together with theirs, see `joint_weights`
+        borrow:bool=True # when calibrated: classes lend each other their reference, see `calibrated_weights`
     ):
         if density not in DENSITIES: raise ValueError(f"density is {density!r}; use one of {', '.join(DENSITIES)}")
         if beta != 'calibrated': weights_from_influence(torch.zeros(1), transform, beta)
-        self.transform, self.beta, self.update, self.density, self.calibration = transform, beta, update, density, None
+        self.transform, self.beta, self.update, self.density, self.borrow, self.calibration = transform, beta, update, density, borrow, None
         self.good_labels = torch.zeros(0, dtype=torch.long) if good_labels is None else good_labels.cpu()
         self.n, self.every = n, torch.ones(n + len(self.good_labels))
 
@@ -347,7 +421,7 @@ class SampleWeights:
         if len(scores) != self.n:
             raise ValueError(f"scores: {len(scores)} for {self.n} samples; give one score per sample")
         if self.beta == 'calibrated':
-            self.calibration = calibrated_weights(scores.values, scores.reference, scores.labels, scores.reference_labels, density=self.density)
+            self.calibration = calibrated_weights(scores.values, scores.reference, scores.labels, scores.reference_labels, density=self.density, borrow=self.borrow)
             new = self.update(self.every, joint_weights(self.calibration.probability, scores.labels, self.good_labels))
             self.every = balanced(new, torch.cat([scores.labels.cpu(), self.good_labels]))
         else: self.every = torch.cat([self.update(self.values, weights_from_influence(scores, self.transform, self.beta)), self.every[self.n:]])
