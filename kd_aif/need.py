@@ -7,7 +7,7 @@ __all__ = ['class_need', 'reliability', 'Need', 'ClassNeeds']
 
 # %% ../nbs/08b_need.ipynb #08b-need-002
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from scipy import stats
@@ -75,7 +75,8 @@ class Need:
     "How class weights follow the need of the classes"
     eta:float = .15 # step: log v_c grows by eta · reliability · standardised need of the class
     start:int = 2 # first epoch with an update
-    per_class:int = 50 # training samples of each class that are looked at
+    per_class:int = 50 # training samples of each class that are looked at in every update
+    first_look:int = 200 # of each class when it is decided, once, whether class weights have anything to do
     significance:float = .01 # class weights rest unless the two halves agree at this level
     def __post_init__(self):
         check_positive('eta', self.eta); check_fraction('significance', self.significance)
@@ -104,7 +105,7 @@ class ClassNeeds:
         train_on_val:bool=True, # whether the held-out samples train too, with their class's weight
         seed:int=0 # of the choice of samples and the halves
     ):
-        self.need, self.val, self.loss, self.forward, self.seed = need, [dict(b) for b in val], loss, forward, seed
+        self.need, self.val, self.loss, self.forward, self.seed, self._every = need, [dict(b) for b in val], loss, forward, seed, train
         y = torch.cat([b['y'].cpu() for b in train])
         order = torch.randperm(len(y), generator=generator(seed, 'need'))
         self.rows = torch.cat([order[y[order] == c][:need.per_class] for c in range(n_classes)]).sort().values
@@ -144,8 +145,10 @@ class ClassNeeds:
         model:nn.Module, # a trained model
         weights:Tensor # (n,) or (n + m,), see `measure`
     )->bool: # whether class weights have anything to do
-        "Do both halves agree that it is short of some classes?"
-        return reliability(self.measure(model, weights), self.need.significance) > 0
+        "Do both halves agree that it is short of some classes? Looks at `first_look` samples of each"
+        need = replace(self.need, per_class=max(self.need.per_class, self.need.first_look))
+        closer = ClassNeeds(need, self._every, self.val, len(self.values), self.loss, self.forward, len(self.labels[1]) > 0, self.seed)
+        return reliability(closer.measure(model, weights), self.need.significance) > 0
 
     def step(self,
         model:nn.Module, # the model in training
