@@ -167,14 +167,21 @@ def _shrunken(deviation, noise, variance):
     "Deviations from a common value, kept as far as they are no noise: τ²/(τ² + v) of each"
     return deviation*variance/(variance + noise).clamp_min(torch.finfo(deviation.dtype).tiny)
 
-def _log_variances(square, free):
-    "(C,) logarithm of each class's variance, shrunk to their mean; Smyth (2004), section 4"
-    known, half = (free > 0) & (square > 0), free.clamp_min(1)/2
-    logs = (square/free.clamp_min(1)).clamp_min(torch.finfo(square.dtype).tiny).log() - torch.digamma(half) + half.log()
-    if not known.any(): return torch.zeros_like(square)
-    noise, centre = torch.polygamma(1, half), logs[known].mean()
-    between = (logs[known].var() - noise[known].mean()).clamp_min(0) if known.sum() > 1 else torch.zeros(())
-    return centre + torch.where(known, _shrunken(logs - centre, noise, between), 0.)
+def _log_variance(square, free):
+    "Logarithm of a variance from its sum of squares, unbiased, and what it varies by; Smyth (2004), section 4"
+    half = free.clamp_min(1)/2
+    return (square/free.clamp_min(1)).clamp_min(torch.finfo(square.dtype).tiny).log() - torch.digamma(half) + half.log(), torch.polygamma(1, half)
+
+def _scale_of(square, free):
+    "A function (sum of squares, degrees of freedom) -> scale, shrunk to that of all classes, of which these are the sums and degrees"
+    known = (free > 0) & (square > 0)
+    if not known.any(): return lambda square, free: torch.ones_like(square)
+    logs, noise = _log_variance(square[known], free[known])
+    centre, between = logs.mean(), (logs.var() - noise.mean()).clamp_min(0) if len(logs) > 1 else torch.zeros((), dtype=logs.dtype)
+    def scale(square, free):
+        own, noise = _log_variance(square, free)
+        return ((centre + torch.where((free > 0) & (square > 0), _shrunken(own - centre, noise, between), 0.))/2).exp()
+    return scale
 
 def standardised(
     scores:Tensor, # (n,) scores of the samples to judge
@@ -192,9 +199,10 @@ def standardised(
     groups, spread = (n > 0).sum(), n.sum() - (n**2).sum()/n.sum()                                         # analysis of variance with unequal numbers
     between = (((n*(mean - centre)**2).sum() - (groups - 1)*within)/spread).clamp_min(0) if groups > 1 else torch.zeros((), dtype=n.dtype)
     location = lambda values, count: centre + torch.where(count > 0, _shrunken(values - centre, within/count.clamp_min(1), between), 0.)
-    without = location((total[z] - reference)/free[z].clamp_min(1), free[z])                               # the mean of the others
-    scale = (_log_variances(square, free)/2).exp()
-    return (scores - location(mean, n)[labels])/scale[labels], (reference - without)/scale[z]
+    scale, others = _scale_of(square, free), (free - 1).clamp_min(0)[z]                                     # a reference sample has no part in its own location and scale
+    without = location((total[z] - reference)/free[z].clamp_min(1), free[z])
+    rest = (square[z] - (reference - mean[z])**2*n[z]/free[z].clamp_min(1)).clamp_min(0)
+    return (scores - location(mean, n)[labels])/scale(square, free)[labels], (reference - without)/scale(rest, others)
 
 # %% ../nbs/08_weights.ipynb #53803bed
 def shared_intervals(
@@ -207,7 +215,10 @@ def shared_intervals(
     Raises `ValueError` for scores that are not finite, or labels of another length."""
     own = conformal_intervals(scores, reference, labels, reference_labels)                                 # checks, and the warning of a class without reference
     labels, z = labels.cpu(), reference_labels.cpu()
-    s, r = standardised(_check_scores(scores).cpu(), _check_scores(reference).cpu(), labels, z)
+    both = torch.isin(z, labels)                                                                           # a class that nothing is asked of has nothing to say
+    if not both.any(): return own
+    z = z[both]
+    s, r = standardised(_check_scores(scores).cpu(), _check_scores(reference).cpu()[both], labels, z)
     C = int(max(labels.max(), z.max())) + 1
     weight = labels.bincount(minlength=C)/z.bincount(minlength=C).clamp_min(1).double()
     order, judged = r.argsort(), torch.isin(labels, z)

@@ -5,7 +5,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from kd_aif.influence import CrossScores
 from kd_aif.weights import (DENSITIES, EMA, GRID, TRANSFORMS, Multiplicative, Replace, SampleWeights, balanced, calibrated_weights, class_shares, conformal_intervals, effective_count,
-                            effective_sample_size, p_value_distribution, two_groups, weights_from_influence, weights_from_intervals)
+                            effective_sample_size, p_value_distribution, shared_intervals, standardised, two_groups, weights_from_influence, weights_from_intervals)
 
 quick = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 10_000)
@@ -140,6 +140,97 @@ def test_p_values_of_the_reference_itself_are_uniform(reference):
 def test_unfit_comparisons_are_named(function, kwargs, message):
     with pytest.raises(ValueError, match=message): function(**(dict(scores=torch.ones(4), reference=torch.ones(3)) | kwargs))
 
+# Reference samples that classes share
+
+def differing(n, r, seed, C=8):
+    "Good scores of n training and r reference samples in each class (numbers, or lists); classes differ in location and scale"
+    g = torch.Generator().manual_seed(seed)
+    place, spread = 3*torch.randn(C, generator=g).double(), torch.randn(C, generator=g).double().mul(.4).exp()
+    y, z = (torch.arange(C).repeat_interleave(torch.tensor([k]*C if isinstance(k, int) else k)) for k in (n, r))
+    level = lambda labels: place[labels] + spread[labels]*torch.randn(len(labels), generator=g).double()
+    return level(y), level(z), y, z
+
+@quick
+@given(seeds, st.floats(.01, 100), st.floats(-50, 50))
+def test_shared_intervals_do_not_depend_on_the_unit(seed, scale, offset):
+    s, r, y, z = differing(20, 6, seed)
+    for a, b in zip(shared_intervals(s, r, y, z), shared_intervals(scale*s + offset, scale*r + offset, y, z)): assert torch.allclose(a, b, atol=1e-6)
+
+@quick
+@given(seeds)
+def test_shared_intervals_follow_their_samples(seed):
+    s, r, y, z = differing(20, 6, seed)
+    g = torch.Generator().manual_seed(seed)
+    i, j, names = torch.randperm(len(s), generator=g), torch.randperm(len(r), generator=g), torch.randperm(8, generator=g)
+    for a, b in zip(shared_intervals(s, r, y, z), shared_intervals(s[i], r[j], names[y[i]], names[z[j]])): assert torch.allclose(a[i], b, atol=1e-9)
+
+@quick
+@given(seeds, st.integers(1, 40))
+def test_one_class_shares_with_nobody(seed, m):
+    "The ranks are those within the class, and never further off than a step"
+    g = torch.Generator().manual_seed(seed)
+    s, r = torch.randn(30, generator=g), torch.randn(m, generator=g)
+    one = lambda t: torch.zeros(len(t), dtype=torch.long)
+    for a, b in zip(conformal_intervals(s, r), shared_intervals(s, r, one(s), one(r))): assert (a - b).abs().max() <= 2/(m + 1)
+
+@pytest.mark.parametrize('n, r', [(400, 100), (400, 20), (400, 5), ([2000, 1000, 500, 250, 120, 60, 30, 15], 50), ([15, 30, 60, 120, 250, 500, 1000, 2000], [100, 50, 25, 12, 10, 8, 6, 5])])
+def test_shared_p_values_of_good_samples_are_uniform(n, r):
+    "Also under a long tail beside balanced reference samples, and with a handful of reference samples in a class"
+    F = torch.stack([p_value_distribution(*shared_intervals(*differing(n, r, seed))[:2]) for seed in range(20)]).mean(0)
+    assert (F - GRID).abs().max() < .03
+
+def test_ranks_without_the_classes_shares_are_not_uniform_under_a_tail():
+    "What the weights of the reference samples are for: the scores of the frequent class have another shape than those of all classes together"
+    weighted, equal = [], []
+    for seed in range(20):
+        s, r, y, z = differing([4000, 50, 50, 50, 50, 50, 50, 50], 50, seed)
+        s[y == 0], r[z == 0] = s[y == 0].exp(), r[z == 0].exp()
+        for found, ends in ((weighted, shared_intervals(s, r, y, z)), (equal, conformal_intervals(*standardised(s, r, y, z)))): found.append(p_value_distribution(*ends))
+    off = [float((torch.stack(found).mean(0) - GRID).abs().max()) for found in (weighted, equal)]
+    assert off[0] < .03 and off[1] > 2*off[0]
+
+@pytest.mark.parametrize('r', [1, 2, 3])
+def test_few_equal_or_lone_reference_scores(r):
+    "One or two reference samples in a class, ties, constants: intervals stay intervals"
+    s, ref, y, z = differing(10, r, 0)
+    for scores, reference in ((s, ref), (s.round(), ref.round()), (torch.zeros_like(s), torch.zeros_like(ref))):
+        low, high = shared_intervals(scores, reference, y, z)
+        assert torch.isfinite(low).all() and (low >= 0).all() and (high <= 1 + 1e-9).all() and (low < high).all()
+    low, high = shared_intervals(torch.zeros_like(s), torch.zeros_like(ref), y, z)
+    assert (low == 0).all() and torch.allclose(high, torch.ones_like(high))                    # ties say nothing
+
+def test_a_class_without_reference_does_not_share():
+    s, r, y, z = differing(30, 10, 0)
+    with pytest.warns(UserWarning, match='no reference sample of class 3'): low, high = shared_intervals(s, r[z != 3], y, z[z != 3])
+    assert (low[y == 3] == 0).all() and (high[y == 3] == 1).all() and (high - low)[y != 3].max() < .1
+
+def test_location_of_a_reference_sample_is_that_of_the_others():
+    "Its own score has no part in what it is compared with: far-off scores stay as far off as those of training samples"
+    many = [standardised(*differing(50, 4, seed)) for seed in range(60)]
+    train, ref = (sum(float(v.square().mean()) for v in side)/60 for side in zip(*many))
+    assert train == pytest.approx(ref, rel=.15)
+
+@quick
+@given(seeds, st.sampled_from([0., .3]))
+def test_the_test_does_not_borrow(seed, share):
+    "Whether anything is weighted depends on ranks within the class alone"
+    s, r, y, z, bad = sample(600, share, seed)
+    own, shared = (calibrated_weights(s, r, y, z, borrow=b) for b in (False, True))
+    assert own.p_value == shared.p_value and (own.values == 1).all() == (shared.values == 1).all()
+
+def test_borrowing_helps_where_reference_samples_are_few():
+    "Mean squared error of the probability, ten reference samples in each of 20 classes"
+    def error(borrow):
+        total = []
+        for seed in range(6):
+            s, r, y, z = differing(150, 10, seed, C=20)
+            bad = torch.rand(len(s), generator=torch.Generator().manual_seed(seed)) < .4
+            spread = torch.stack([s[y == c].std() for c in range(20)])
+            p = calibrated_weights(torch.where(bad, s - 2.5*spread[y], s), r, y, z, borrow=borrow).probability
+            total.append(float((p - (~bad).float()).square().mean()))
+        return sum(total)/len(total)
+    assert error(True) < .95*error(False)
+
 @quick
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=100))
 def test_two_groups_are_a_share_and_a_convex_decreasing_density(points):
@@ -182,7 +273,7 @@ def test_calibrated_weights_depend_on_ranks_alone(seed, share, name, by_class):
     s, r = (torch.randint(-40, 41, (n,), generator=g).double() for n in (150, 80))
     s -= 15*(torch.rand(150, generator=g) < share).double()
     labels = (torch.randint(3, (150,), generator=g), torch.randint(3, (80,), generator=g)) if by_class else ()
-    a, b = calibrated_weights(s, r, *labels, significance=1), calibrated_weights(f(s), f(r), *labels, significance=1)
+    a, b = (calibrated_weights(*scores, *labels, significance=1, borrow=False) for scores in ((s, r), (f(s), f(r))))
     assert torch.equal(a.values, b.values) and a.clean_fraction == b.clean_fraction and a.p_value == b.p_value
 
 @quick
@@ -191,7 +282,8 @@ def test_the_unit_of_one_class_does_not_matter(seed, c, scale, offset):
     s, r, y, z, _ = sample(200, .4, seed)
     s, r = s.double(), r.double()
     t, u = torch.where(y == c, scale*s + offset, s), torch.where(z == c, scale*r + offset, r)
-    assert torch.allclose(calibrated_weights(s, r, y, z).values, calibrated_weights(t, u, y, z).values, atol=1e-5)
+    assert torch.allclose(*(calibrated_weights(*scores, y, z, borrow=False).values for scores in ((s, r), (t, u))), atol=1e-5)
+    assert (calibrated_weights(s, r, y, z).probability - calibrated_weights(t, u, y, z).probability).abs().mean() < .05 # shared: up to how far classes are taken to differ
 
 @quick
 @given(seeds, st.floats(0, .8), st.integers(1, 3), st.randoms(use_true_random=False))
@@ -365,8 +457,8 @@ def test_for_one_class_all_densities_agree(seed, share):
 def test_a_fold_that_says_nothing_about_a_sample_is_left_out_of_its_average():
     s, r, y, z, _ = by_class([.5, .5], 0)
     with pytest.warns(UserWarning, match='no reference sample of class 1'):
-        w = calibrated_weights(torch.stack([s, s]), [r, r[z == 0]], y, [z, z[z == 0]], density='pooled', significance=1)
-    again = calibrated_weights(s, r, y, z, density='pooled', significance=1)
+        w = calibrated_weights(torch.stack([s, s]), [r, r[z == 0]], y, [z, z[z == 0]], density='pooled', significance=1, borrow=False)
+    again = calibrated_weights(s, r, y, z, density='pooled', significance=1, borrow=False)
     rank = lambda v: v.argsort().argsort().double()
     assert w.probability[y == 1].min() < .2 and torch.corrcoef(torch.stack([rank(w.probability), rank(again.probability)]))[0, 1] > .99
 
