@@ -74,7 +74,7 @@ def kd_aif_run(
     epochs:int=None, # passes over the data, default from the tier
     extra_weight:float=None, # of a published loss of features or logits (crd, dkd and the like), default the published one
     beta:float=None, # strength of the published sigmoid weights; default the calibrated weights, which have none
-    score:str=None, # what is scored: local+loss, local, mean or loss
+    score:str=None, # what is scored: mean+loss (default), local+loss, mean, local or loss
     precision:str=None, # of the forward passes in training, float32 or bfloat16; default from the tier
     compile:store_true=False, # compile the forward passes in training: half a minute at first, worth it for long runs on a GPU
     experiment:str=None, # name in the records, default DATASET_noise

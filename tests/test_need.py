@@ -100,6 +100,15 @@ def test_bad_labels_do_not_count():
     needs = ClassNeeds(Need(per_class=1000), batches(both), batches(val), C, train_on_val=False)
     assert reliability(needs.measure(model, w), .05) > .8 and needs.measure(model, w).mean(0).argmin() == 0
 
+def test_what_is_asked_only_once_looks_closer():
+    "With a few samples of each class the halves disagree more often than with all, and updates go on with the few"
+    model, ones = fitted(tail), torch.ones(len(tail['y']))
+    def wanted(first_look): return [ClassNeeds(Need(per_class=2, first_look=first_look), batches(tail), batches(val), C, train_on_val=False, seed=seed).wanted(model, ones) for seed in range(12)]
+    assert sum(wanted(1000)) >= 6 + sum(wanted(2))
+    needs = ClassNeeds(Need(per_class=2, first_look=1000), batches(tail), batches(val), C, train_on_val=False)
+    needs.wanted(model, ones)
+    assert sum(len(b['y']) for b in needs.train) == 2*C and torch.equal(needs.values, torch.ones(C).double())
+
 def test_a_class_without_training_samples_changes_nothing_else():
     data = {k: v[tail['y'] != 4] for k, v in tail.items()}
     needs = ClassNeeds(Need(), batches(data), batches(val), C, train_on_val=False)
