@@ -306,7 +306,7 @@ def quality_runs(
 )->list: # of `Record`, one for each group
     "Evaluate groups of variants on one task's shared teacher; raises `ValueError` for an unknown group"
     (train, val, test), scorer, records = task_data(task, root, progress), None, []
-    unused = {'dataset', 'tier', 'teacher', 'student', 'seed', 'T', 'alpha', 'beta', 'score'}
+    unused = {'dataset', 'tier', 'teacher', 'student', 'seed', 'T', 'alpha', 'beta', 'score', 'borrow', 'extra_weight'} | (set() if task.compile else {'compile'})
     config = dict(setting=setting) | {k: v for k, v in dataclasses.asdict(task).items() if k not in unused}
     for group in groups:
         variants = variants_of(group, len(val))

@@ -302,7 +302,7 @@ def weights_from_intervals(
     labels:Tensor|None=None, # (n,) given labels: balance within the class
     significance:float=.05, # weights are exactly 1 unless "all good" is rejected at this level
     density:str='shrunk', # what classes have in common, see `calibrated_weights`
-    least:float=.1, # share of good samples below which the reference is taken to come from another source: all weights are 1, with a warning; 0 believes everything
+    least:float=.1, # share of good samples, of all or of one class, below which the reference is taken to come from another source: all weights are 1, with a warning; 0 believes everything
     test:tuple|None=None # (folds, n) lower and upper ends for the test that all samples are good; default those of the estimate
 )->CalibratedWeights: # as `calibrated_weights`
     "Calibrated weights from p-values that are already there; raises `ValueError` for an unknown `density`, a `significance` that is no fraction, no class with reference, or a number of classes that differs from `m`"
@@ -322,8 +322,9 @@ def weights_from_intervals(
     (share, shape), p_value = two_groups(together(F)), _all_good(tested, together(tested), m, total)
     if _pile_up(2*GRID - together(tested), total) < .001: warnings.warn(_CONSERVATIVE)      # the same test on the other side
     shares, used, shapes = _class_mixtures(density, F, counts, m, share, shape, significance)
-    comparable = p_value > significance or share >= least
-    if not comparable: warnings.warn(_OTHER_SOURCE.format(share, least))
+    lowest = min(share, float(shares[shares.isfinite()].min())) if density == 'shrunk' else share # shares of single classes are noisy unless shrunk
+    comparable = p_value > significance or lowest >= least
+    if not comparable: warnings.warn(_OTHER_SOURCE.format('' if lowest == share else ' of a class', lowest, least))
     if p_value > significance or not comparable: return CalibratedWeights(torch.ones(len(groups)), torch.ones(len(groups)), share, shares, p_value, torch.ones(len(GRID) - 1), comparable)
     probability = _probability(low, high, used[groups], shapes, groups)
     probability = torch.where(known, probability, 0.).sum(0)/known.sum(0)
@@ -358,7 +359,7 @@ def _probability(low, high, share, shapes, groups):
     f = (_interpolate(high, mass, groups) - _interpolate(low, mass, groups))/(high - low)
     return share/(share + (1 - share)*f).clamp_min(1e-12)
 
-_OTHER_SOURCE = ("the reference looks as if only {:.1%} of the training samples were as good, less than {:.0%}: it probably comes from another source, or was treated in another way by the model. "
+_OTHER_SOURCE = ("the reference looks as if of the training samples{} only {:.1%} were as good, less than {:.0%}: it probably comes from another source, or was treated in another way by the model. "
     "All weights are one; give a reference from the source of the training samples")
 _CONSERVATIVE = ("the training samples score better than the reference: the model has probably been trained on them but not on the validation samples, or they come from another source. "
     "The comparison is then too kind to wrong labels; score with a model that was trained on both, or out of fold")

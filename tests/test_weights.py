@@ -199,6 +199,16 @@ def test_few_equal_or_lone_reference_scores(r):
     low, high = shared_intervals(torch.zeros_like(s), torch.zeros_like(ref), y, z)
     assert (low == 0).all() and torch.allclose(high, torch.ones_like(high))                    # ties say nothing
 
+@pytest.mark.parametrize('rate, believed', [(.7, True), (1., False)])
+def test_a_class_in_which_nothing_is_as_good_speaks_against_the_reference(rate, believed):
+    "Much noise in one class is weighed; a class without a single good sample makes the comparison as a whole one of different kinds"
+    s, r, y, z, bad = sample(3000, [rate, .2, .2], 5, shift=4., m=600)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        w = calibrated_weights(s, r, y, z)
+    assert w.comparable == believed and w.clean_fraction > .3
+    assert any('of a class' in str(c.message) for c in caught) != believed and (w.values == 1).all() != believed
+
 def test_a_class_without_reference_does_not_share():
     s, r, y, z = differing(30, 10, 0)
     with pytest.warns(UserWarning, match='no reference sample of class 3'): low, high = shared_intervals(s, r[z != 3], y, z[z != 3])
