@@ -373,7 +373,8 @@ def quality_rows(
     for r in records:
         for key, value in r.metrics.items():
             name, metric = key.rsplit('/', 1)
-            row = rows.setdefault((r.config['setting'], r.seed, name), dict(setting=r.config['setting'], seed=r.seed, **dataclasses.asdict(Variant.parse(name))))
+            variant = Variant.parse(name)
+            row = rows.setdefault((r.config['setting'], r.seed, variant), dict(setting=r.config['setting'], seed=r.seed, **dataclasses.asdict(variant)))
             row.setdefault(metric, value)
     return pd.DataFrame(list(rows.values()), columns=None if rows else ['setting', 'seed', *_VARIANT])
 
