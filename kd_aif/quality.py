@@ -24,7 +24,7 @@ from .data import ImageBatches, ImageData, subset
 from .influence import CrossScores, LastLayerGaussNewton, _bend_limit, all_layer_solver, cross_scores, last_layer_solver, last_layer_view, stratified_folds
 from .losses import batch_cross_entropy
 from .records import _mean_std, find_record, make_record, save_record
-from .runs import describe_data, make_task, task_data, trained_teacher
+from .runs import _STUDENTS, describe_data, make_task, task_data, trained_teacher
 from .weights import DENSITIES, GRID, CalibratedWeights, balanced, calibrated_weights, effective_sample_size, intervals_of_folds, p_value_distribution
 
 # %% ../nbs/16_quality.ipynb #16-quality-005
@@ -64,7 +64,8 @@ class Variant:
     ): # `Variant`
         "The variant with this name; early names do not say the reference, which was the class's own"
         s, layers, folds, n, *rest = name.split('|')
-        return cls(s, layers, int(folds), int(n), *rest, *['own'][len(rest) - 3:])
+        if len(rest) == 3: rest.append('own')
+        return cls(s, layers, int(folds), int(n), *rest)
 
 # %% ../nbs/16_quality.ipynb #16-quality-008
 class QualityScorer:
@@ -306,7 +307,7 @@ def quality_runs(
 )->list: # of `Record`, one for each group
     "Evaluate groups of variants on one task's shared teacher; raises `ValueError` for an unknown group"
     (train, val, test), scorer, records = task_data(task, root, progress), None, []
-    unused = {'dataset', 'tier', 'teacher', 'student', 'seed', 'T', 'alpha', 'beta', 'score', 'borrow', 'extra_weight'} | (set() if task.compile else {'compile'})
+    unused = {'dataset', 'tier', 'teacher', 'seed', *_STUDENTS} | (set() if task.compile else {'compile'})
     config = dict(setting=setting) | {k: v for k, v in dataclasses.asdict(task).items() if k not in unused}
     for group in groups:
         variants = variants_of(group, len(val))

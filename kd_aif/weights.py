@@ -214,6 +214,10 @@ def shared_intervals(
     """Interval of each sample's p-value among the reference of all classes, `standardised` and weighted by the classes' shares of the samples to judge (Tibshirani et al., 2019). A class without reference is not judged: [0, 1].
     Raises `ValueError` for scores that are not finite, or labels of another length."""
     own = conformal_intervals(scores, reference, labels, reference_labels)                                 # checks, and the warning of a class without reference
+    return _among_all(own, scores, reference, labels, reference_labels)
+
+def _among_all(own, scores, reference, labels, reference_labels):
+    "Shared intervals of the samples whose class has a reference, those within the class (`own`) of the others"
     labels, z = labels.cpu(), reference_labels.cpu()
     both = torch.isin(z, labels)                                                                           # a class that nothing is asked of has nothing to say
     if not both.any(): return own
@@ -288,11 +292,10 @@ def intervals_of_folds(
 )->tuple: # (folds, n) low, (folds, n) high for the estimate, and both for the test
     "Intervals of the p-values in every fold: shared between classes for the estimate, within the class for the test"
     folds = list(zip(scores, reference, [labels]*len(scores), reference_labels))
-    test = tuple(map(torch.stack, zip(*(conformal_intervals(*f) for f in folds))))
+    within = [conformal_intervals(*f) for f in folds]
+    test = tuple(map(torch.stack, zip(*within)))
     if labels is None or not borrow: return *test, test
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                                                      # they have just been given
-        return *map(torch.stack, zip(*(shared_intervals(*f) for f in folds))), test
+    return *map(torch.stack, zip(*(_among_all(own, *f) for own, f in zip(within, folds)))), test
 
 # %% ../nbs/08_weights.ipynb #08-weights-037
 def weights_from_intervals(
