@@ -231,10 +231,11 @@ def _auc(wrong, values): return float(roc_auc_score(~wrong, values)) if wrong.an
 
 def weight_quality(
     weights:CalibratedWeights, # what is judged
-    wrong:Tensor, # (n,) bool: the label is wrong
+    wrong:Tensor, # (n,) bool: the label is wrong; on any device
     labels:Tensor # (n,) given labels
 )->dict: # numbers, and 'class_errors' (C,)
     "How well the weights know which labels are wrong, and how many"
+    labels, wrong = labels.cpu(), wrong.cpu()
     counts = labels.bincount()
     true, right = labels.bincount((~wrong).double())/counts, ~wrong                  # NaN for a class without samples
     errors = weights.clean_fractions.double().expand(len(counts)) - true

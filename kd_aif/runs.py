@@ -125,8 +125,9 @@ def second_opinion(
     model:str='cnn8', # name of the small network
     epochs:int=3 # passes over the data
 )->torch.Tensor: # (n, C) probabilities
-    "What a small, briefly trained network takes each image for: where its mistakes come from, instance-dependent noise does too"
-    net = build_model(model, data.n_classes, data.x.shape[1], seed=task.seed, in_features=data.x[0].numel()).to(data.x.device)
+    "What a small, briefly trained network takes each image for: where its mistakes come from, instance-dependent noise does too. On the CPU, whose sums come out the same every time: all methods of a seed must get the same labels"
+    data = data.to('cpu')
+    net = build_model(model, data.n_classes, data.x.shape[1], seed=task.seed, in_features=data.x[0].numel())
     batches = ImageBatches(data, task.batch_size, seed=task.seed)
     distill(net, None, batches, batches, epochs=epochs, lr=task.lr, seed=task.seed, progress=False)
     with torch.no_grad(): return torch.cat([net(b['x']).softmax(1) for b in batches.plain()])

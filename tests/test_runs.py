@@ -43,9 +43,9 @@ def test_a_pair_without_an_assistant_is_named_before_anything_is_trained(tmp_pat
 def test_the_oracle_gives_wrong_labels_nothing_and_random_weights_the_same_histogram(teachers):
     _, oracle = run('oracle_student', teachers)
     c = _Context(make_task('digits', **SHORT), *task_data(make_task('digits', **SHORT), progress=False), teachers, False)
-    wrong, every = c.train.wrong, torch.cat([oracle.weights, oracle.val_weights])
+    wrong, every = c.train.wrong.cpu(), torch.cat([oracle.weights, oracle.val_weights])
     assert (oracle.weights[wrong] == 0).all() and torch.isclose(every.mean(), torch.tensor(1.))
-    for k in range(10): assert torch.allclose(oracle.val_weights[c.val.y == k], oracle.weights[(c.y == k) & ~wrong].max()), 'good is good, wherever it comes from'
+    for k in range(10): assert torch.allclose(oracle.val_weights[c.val.y.cpu() == k], oracle.weights[(c.y == k) & ~wrong].max()), 'good is good, wherever it comes from'
     _, random = run('random_student', teachers)
     every = torch.cat([random.weights, random.val_weights])
     assert torch.equal(every.sort().values, c.quality.sort().values) and not torch.equal(every, c.quality)
@@ -62,9 +62,7 @@ def test_class_weights_of_rivals_have_mean_one_over_everything_that_trains(teach
 def test_instance_noise_follows_a_small_network():
     "The same every time; wrong labels are its second choices"
     task = make_task('digits', noise='instance', rate=.3)
-    train, _, _ = task_data(task, progress=False)
-    again, _, _ = task_data(task, progress=False)
-    clean, _, _ = task_data(make_task('digits'), progress=False)
+    train, again, clean = (task_data(t, progress=False)[0].to('cpu') for t in (task, task, make_task('digits')))
     p = second_opinion(task, clean)
     assert torch.equal(train.y, again.y) and train.wrong.sum() == round(.3*len(train))
     p[torch.arange(len(p)), clean.y] = -1
