@@ -226,6 +226,21 @@ def last_layer_view(
     if not parts: raise ValueError("batches: no sample; give at least one batch, in a list or another re-iterable")
     return LastLayerView(*(torch.cat(p) for p in zip(*parts)))
 
+# %% ../nbs/07_influence.ipynb #331eb8af
+@patch
+def under(self:LastLayerView,
+    loss:Callable, # loss(logits, batch) -> (b,)
+    batches:Iterable[dict] # the same samples in the same order
+): # `LastLayerView`
+    "The same samples under another loss, from the logits that are there; without logit Hessians. Raises `ValueError` for other samples"
+    losses, slopes, index, start = [], [], [], 0
+    for batch in batches:
+        batch = to_device(batch, self.logits.device)
+        z, start = self.logits[start:start + len(batch['index'])], start + len(batch['index'])
+        losses.append(loss(z, batch)); slopes.append(grad(lambda z: loss(z, batch).sum())(z)); index.append(batch['index'])
+    check_order('batches', self.index, torch.cat(index))
+    return replace(self, losses=torch.cat(losses), slope=torch.cat(slopes), bend=self.bend[:0], bend_rows=self.bend_rows[:0])
+
 # %% ../nbs/07_influence.ipynb #07-influence-023
 class LastLayerGaussNewton:
     "The Gauss-Newton matrix of the last layer in closed form: `@`, `dense()`, `trace()`"
@@ -494,11 +509,11 @@ def _joined(t, v):
 
 def _last_layer_folds(model, loss, val_loss, train, val, folds, target, solver, forward, seed, progress):
     "Influence of every training and validation sample under each fold's target, by the last layer in closed form"
-    start = perf_counter()
+    start, val = perf_counter(), list(val)
     v = last_layer_view(model, loss, val, forward, 1000, progress)
     t = last_layer_view(model, loss, train, forward, _bend_limit(v.logits.shape[1], solver.n_samples if solver else None), progress)
     both = _joined(t, v)
-    held = last_layer_view(model, val_loss, val, forward, progress=progress) if val_loss else v
+    held = v.under(val_loss, val) if val_loss else v
     fold = stratified_folds(v.y, folds, seed).to(v.y.device)
     b = [held.take(fold != k).gradient()[:, None] if target == 'mean' else held.take(fold != k).gradient_by_class() for k in range(folds)]
     gradient = perf_counter()

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 from .core import check_fraction, check_positive, evaluating, generator, to_device
-from .curvature import batch_rows, batch_size, merged
+from .curvature import batch_rows, merged
 from .influence import LastLayerGaussNewton, last_layer_solver, last_layer_view, stratified_folds
 from .losses import batch_cross_entropy
 from .models import default_forward
@@ -41,7 +41,7 @@ def class_need(
 )->Tensor: # (2, C): measured twice, on halves of both sets; zero for a class without samples
     "What more weight of each class would do to the validation loss once the training has followed its own gradient (last layer)"
     v = last_layer_view(model, loss, val, forward, progress=False)
-    held = v if val_loss is loss else last_layer_view(model, val_loss, val, forward, progress=False)
+    held = v if val_loss is loss else v.under(val_loss, val)
     t = last_layer_view(model, loss, train, forward, 4000, progress=False)
     w = torch.ones(len(t), device=t.y.device) if weights is None else weights.to(t.y.device)
     v_half, t_half = (stratified_folds(view.y, 2, seed).to(view.y.device) for view in (v, t))
@@ -93,6 +93,8 @@ class Need:
         return v*(self.eta*r*(g - g.mean())/g.std()).exp()
 
 # %% ../nbs/08b_need.ipynb #08b-need-014
+_AT_ONCE = 512 # samples in a batch that is only looked at: a few rows of each of many batches would keep a GPU waiting
+
 class ClassNeeds:
     "The class weights of one training after the other, followed on the same samples"
     def __init__(self,
@@ -105,18 +107,18 @@ class ClassNeeds:
         train_on_val:bool=True, # whether the held-out samples train too, with their class's weight
         seed:int=0 # of the choice of samples and the halves
     ):
-        self.need, self.val, self.loss, self.forward, self.seed, self._every = need, [dict(b) for b in val], loss, forward, seed, train
+        self.need, self.val, self.loss, self.forward, self.seed, self._every = need, merged([dict(b) for b in val], _AT_ONCE), loss, forward, seed, train
         y = torch.cat([b['y'].cpu() for b in train])
         order = torch.randperm(len(y), generator=generator(seed, 'need'))
         self.rows = torch.cat([order[y[order] == c][:need.per_class] for c in range(n_classes)]).sort().values
         self.labels = y, torch.cat([b['y'].cpu() for b in self.val]) if train_on_val else y[:0]
         self.values = torch.ones(n_classes, dtype=torch.float64) # no class weights yet
-        few, start, largest = [], 0, 0
+        few, start = [], 0
         for batch in train:
             own = self.rows[(self.rows >= start) & (self.rows < start + len(batch['y']))] - start
             if len(own): few.append(batch_rows(batch, own))
-            start, largest = start + len(batch['y']), max(largest, batch_size(batch))
-        self.train = merged(few, largest) # a few rows of each of many batches would keep a GPU waiting
+            start += len(batch['y'])
+        self.train = merged(few, _AT_ONCE)
 
     def _mass(self, weights):
         "[(C,), (C,)] sum of the weights of each class's training and validation samples"

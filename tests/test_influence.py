@@ -221,6 +221,17 @@ def test_last_layer_view_is_what_autograd_says(kind):
     assert part.index.tolist() == data['index'][data['y'] != 0].tolist() and len(part.bend) == 0
     same(part.gradient(), gradients[data['y'] != 0].mean(0))
 
+def test_a_view_under_another_loss_asks_the_model_nothing():
+    model, data, calls = build('mixed'), inputs('mixed', 9, 1), []
+    other = lambda logits, batch: (logits**2).sum(1)*batch['x'].flatten(1).mean(1)
+    ask = lambda m, b: calls.append(len(b['index'])) or m(b['x'])
+    view, wanted = (last_layer_view(model, loss, cut(data, 4), ask, max_bend=5, progress=False) for loss in (batch_cross_entropy, other))
+    before = len(calls)
+    found = view.under(other, cut(data, 2))
+    assert len(calls) == before and len(found.bend) == len(found.bend_rows) == 0 and torch.equal(found.y, view.y)
+    for part in ('losses', 'slope', 'features', 'logits', 'index'): same(getattr(found, part), getattr(wanted, part))
+    with pytest.raises(ValueError, match='order'): view.under(other, cut({k: v.flip(0) for k, v in data.items()}, 3))
+
 @many
 @given(seeds, sizes, st.integers(0, 15))
 def test_view_keeps_the_same_logit_hessians_whatever_the_batches(seed, size, most):

@@ -140,7 +140,7 @@ def test_the_teachers_pull_is_made_up_for():
 def test_a_few_rows_of_many_batches_are_looked_at_in_few():
     "What a GPU waits for is the number of passes; the measurement does not depend on it"
     model, small, large = fitted(tail), *(ClassNeeds(Need(per_class=10), batches(tail, size), batches(val), C) for size in (16, 740))
-    assert len(small.train) < 2*(50/16) < len(batches(tail, 16)) and len(large.train) == 1
+    assert len(small.train) == len(large.train) == 1 and len(small.val) == len(batches(val, 512)) < len(batches(val))
     assert torch.equal(torch.cat([b['index'] for b in small.train]), small.rows)
     ones = torch.ones(len(tail['y']))
     assert torch.allclose(small.measure(model, ones), large.measure(model, ones), rtol=1e-4, atol=1e-6)
