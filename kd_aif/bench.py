@@ -32,7 +32,7 @@ from .loop import loop_bench, loop_line
 from .losses import batch_cross_entropy
 from .models import build_model, load_model, save_model
 from .peers import PEERS, backward_loop, kronfluence_scores, vmap_gradients
-from .records import find_record, make_record, method_label, save_record
+from .records import find_record, make_record, markdown_table, method_label, save_record
 from .runs import _TRAINING_CODE, _code_fingerprint, make_task
 from .scoring import directional_scores
 from .solvers import CG, EKFAC, KFAC, LBFGS, Diagonal, Exact, Identity, LiSSA, Woodbury
@@ -427,8 +427,7 @@ class BenchTable:
     caption:str = '' # a sentence below
 
     def _repr_markdown_(self):
-        lines = (self.header, ['---'] + ['---:']*(len(self.header) - 1), *self.rows)
-        return '\n'.join('| ' + ' | '.join(row) + ' |' for row in lines) + (f'\n\n{self.caption}' if self.caption else '')
+        return markdown_table(self.header, self.rows, numbers=True) + (f'\n\n{self.caption}' if self.caption else '')
     def __repr__(self): return self._repr_markdown_()
 
 # %% ../nbs/15_bench.ipynb #15-bench-039

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RIGHT', 'WRONG', 'GREY', 'method_colours', 'accuracy_bars', 'difference_bars', 'weight_histogram',
-           'weight_diagnostics', 'detector_roc', 'image_grid', 'helpful_images', 'html_report', 'accuracy_figure',
-           'strength_suffix', 'weights_figure', 'usual_controls', 'setting_items', 'report_sections']
+           'weight_diagnostics', 'detector_roc', 'image_grid', 'helpful_images', 'save_figure', 'html_report',
+           'accuracy_figure', 'strength_suffix', 'weights_figure', 'usual_controls', 'setting_items', 'report_sections']
 
 # %% ../nbs/13_plots.ipynb #13-plots-002
 import base64, html, io, math, re
@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score, roc_curve
-from .core import atomic_write
+from .core import atomic_path, atomic_write
 from .records import METHODS, group_records, method_label, method_order, metrics_table, paired_difference, seconds_table, summary_table
 
 # %% ../nbs/13_plots.ipynb #13-plots-008
@@ -123,7 +123,7 @@ def weight_histogram(
         n = sum(h[name])
         if n: ax.stairs(100*np.array(h[name])/n, h['edges'], fill=True, color=colour, alpha=.55, label=f'{label} (n = {n:,})')
     ax.set_xlabel('weight (mean 1)'); ax.set_ylabel('share of group (%)')
-    if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False)
+    if ax.get_legend_handles_labels()[0]: ax.set_ylim(0, 1.4*ax.get_ylim()[1]); ax.legend(frameon=False, loc='upper center', handlelength=1.2) # above all bars
     return ax
 
 # %% ../nbs/13_plots.ipynb #13-plots-024
@@ -217,6 +217,19 @@ def helpful_images(
         part.suptitle(name, fontsize=10, fontweight='bold')
         _draw_images(part, _images(data.x[rows.copy()]), [_caption(data, i, v[i]) for i in rows], k)
     return figure
+
+# %% ../nbs/13_plots.ipynb #5c1d1665
+def save_figure(
+    figure:Figure, # what to keep
+    path:str|Path, # *.png; missing parent folders are made
+    dpi:int=80, # pixels per inch
+    limit:int=150_000, # bytes
+)->Path: # the file
+    "Write a figure as PNG, in one step and without the date. Raises ValueError when it is larger than `limit`; nothing is written then."
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, metadata=dict(Software=None))
+        if (size := temporary.stat().st_size) > limit: raise ValueError(f'{Path(path).name} has {size:,} bytes, more than {limit:,}: use a smaller dpi than {dpi}, or draw less')
+    return Path(path)
 
 # %% ../nbs/13_plots.ipynb #13-plots-039
 _CSS = """

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'TIERS', 'IDENTITY', 'WEIGHT_METRICS', 'method_label', 'method_order', 'Record', 'Setting', 'setting_of',
-           'group_records', 'library_versions', 'device_name', 'code_commit', 'make_record', 'save_record',
-           'read_record', 'load_records', 'find_record', 'PairedDifference', 'paired_difference', 'variants',
-           'metric_by_seed', 'SummaryTable', 'summary_table', 'metrics_table', 'seconds_table']
+           'group_records', 'markdown_table', 'library_versions', 'device_name', 'code_commit', 'origins_table',
+           'make_record', 'save_record', 'read_record', 'load_records', 'find_record', 'PairedDifference',
+           'paired_difference', 'variants', 'metric_by_seed', 'SummaryTable', 'summary_table', 'metrics_table',
+           'seconds_table']
 
 # %% ../nbs/01_records.ipynb #01-records-002
 import dataclasses, datetime, hashlib, html, importlib.metadata, json, math, os, platform, re, statistics, subprocess
@@ -199,16 +200,20 @@ def _cell(v):
     if v is None: return '–'
     return f'{v:.4g}' if isinstance(v, float) else str(v).replace('|', '\\|').replace('\n', ' ')
 
-def _markdown_table(header, rows):
-    "A markdown table of `rows` (lists of strings) under `header`."
-    lines = [header, ['---']*len(header), *rows]
+def markdown_table(
+    header, # names of the columns
+    rows, # rows of strings
+    numbers:bool=False, # columns after the first hold numbers, and stand on the right
+)->str: # Markdown
+    "A table in Markdown."
+    lines = [header, ['---', *['---:' if numbers else '---']*(len(header) - 1)], *rows]
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
 
 def _record_markdown(r):
     "Identity, scalar metrics, time and origin of record `r` as markdown."
     head = f"**{method_label(r.method)}**, seed {r.seed} · {setting_of(r).title} · {r.teacher or 'no teacher'} → {r.student}"
     scalars = {k:v for k,v in r.metrics.items() if not isinstance(v, (list, dict))}
-    table = _markdown_table(['metric', 'value'], [[k, _cell(v)] for k,v in scalars.items()] or [['–', '–']])
+    table = markdown_table(['metric', 'value'], [[k, _cell(v)] for k,v in scalars.items()] or [['–', '–']])
     phases = ', '.join(f'{k} {v:.1f} s' for k,v in r.seconds.items() if v is not None) or 'time not recorded'
     return f"{head}\n\n{table}\n\n{phases} · {r.device} · commit {(r.commit or 'unknown')[:7]} · {r.time} · key `{r.key}`"
 
@@ -243,6 +248,15 @@ def code_commit(
         if Path(git('rev-parse', '--show-toplevel')).resolve() != folder.parent: return None
         return git('rev-parse', 'HEAD') + ('-dirty' if git('status', '--porcelain', '--', '.') else '')
     except (OSError, subprocess.SubprocessError): return None
+
+# %% ../nbs/01_records.ipynb #f4f6ab26
+def origins_table(
+    records, # list of `Record`
+    **columns, # columns in front of these: name = function of a record, such as network=lambda r: r.student
+)->str: # Markdown, or a sentence when there are none
+    "Where records come from: commit, device and version of PyTorch, each combination once."
+    rows = sorted({(*(of(r) for of in columns.values()), (r.commit or 'unknown')[:7], r.device, r.versions.get('torch', 'unknown')) for r in records})
+    return markdown_table([*columns, 'commit', 'device', 'torch'], rows) if rows else 'No record was found: nothing has been run yet.'
 
 # %% ../nbs/01_records.ipynb #01-records-027
 def make_record(
@@ -466,7 +480,7 @@ class SummaryTable:
                 f"with Student's {self.level:.0%} interval; one seed has no interval. Seconds: mean wall-clock time of one run.")
 
     def _repr_markdown_(self):
-        return _markdown_table(list(self.text), [[x.replace('|', '\\|') for x in r] for r in self.text.values.tolist()]) + f'\n\n{self.caption}'
+        return markdown_table(list(self.text), [[x.replace('|', '\\|') for x in r] for r in self.text.values.tolist()]) + f'\n\n{self.caption}'
 
     def _repr_html_(self):
         return self.text.to_html(index=False, border=0, escape=True) + f'\n<p class="caption">{html.escape(self.caption)}</p>'
