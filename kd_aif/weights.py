@@ -327,7 +327,7 @@ def weights_from_intervals(
     shares, used, shapes = _class_mixtures(density, F, counts, m, share, shape, significance)
     lowest = min(share, float(shares[shares.isfinite()].min())) if density == 'shrunk' else share # shares of single classes are noisy unless shrunk
     comparable = p_value > significance or lowest >= least
-    if not comparable: warnings.warn(_OTHER_SOURCE.format('' if lowest == share else ' of a class', lowest, least))
+    if not comparable: warnings.warn(_OTHER_SOURCE.format(lowest, '' if lowest == share else ' of one class', least))
     if p_value > significance or not comparable: return CalibratedWeights(torch.ones(len(groups)), torch.ones(len(groups)), share, shares, p_value, torch.ones(len(GRID) - 1), comparable)
     probability = _probability(low, high, used[groups], shapes, groups)
     probability = torch.where(known, probability, 0.).sum(0)/known.sum(0)
@@ -362,7 +362,7 @@ def _probability(low, high, share, shapes, groups):
     f = (_interpolate(high, mass, groups) - _interpolate(low, mass, groups))/(high - low)
     return share/(share + (1 - share)*f).clamp_min(1e-12)
 
-_OTHER_SOURCE = ("the reference looks as if of the training samples{} only {:.1%} were as good, less than {:.0%}: it probably comes from another source, or was treated in another way by the model. "
+_OTHER_SOURCE = ("only {:.1%} of the training samples{} look as good as the reference, less than {:.0%}: the reference probably comes from another source, or was treated in another way by the model. "
     "All weights are one; give a reference from the source of the training samples")
 _CONSERVATIVE = ("the training samples score better than the reference: the model has probably been trained on them but not on the validation samples, or they come from another source. "
     "The comparison is then too kind to wrong labels; score with a model that was trained on both, or out of fold")
