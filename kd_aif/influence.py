@@ -220,7 +220,7 @@ def last_layer_view(
     with measuring(model), torch.no_grad():
         for batch in tqdm(batches, desc='last layer', leave=False, **bar_options(progress)):
             batch = to_device(batch, device)
-            layer = layer or last_linear(model, batch, forward)[1]
+            layer = layer or last_linear(model, batch_rows(batch, slice(2)), forward)[1]
             parts.append(_view_of_batch(model, layer, loss, batch, forward, None if chosen is None else chosen[n:n + len(batch['index'])], n))
             n += len(batch['index'])
     if not parts: raise ValueError("batches: no sample; give at least one batch, in a list or another re-iterable")

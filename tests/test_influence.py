@@ -227,6 +227,7 @@ def test_a_view_under_another_loss_asks_the_model_nothing():
     ask = lambda m, b: calls.append(len(b['index'])) or m(b['x'])
     view, wanted = (last_layer_view(model, loss, cut(data, 4), ask, max_bend=5, progress=False) for loss in (batch_cross_entropy, other))
     before = len(calls)
+    assert sum(calls) == 2*(9 + 2), 'two of the samples show which layer is the last'
     found = view.under(other, cut(data, 2))
     assert len(calls) == before and len(found.bend) == len(found.bend_rows) == 0 and torch.equal(found.y, view.y)
     for part in ('losses', 'slope', 'features', 'logits', 'index'): same(getattr(found, part), getattr(wanted, part))
