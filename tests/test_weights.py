@@ -207,7 +207,7 @@ def test_a_class_in_which_nothing_is_as_good_speaks_against_the_reference(rate, 
         warnings.simplefilter('always')
         w = calibrated_weights(s, r, y, z)
     assert w.comparable == believed and w.clean_fraction > .3
-    assert any('of a class' in str(c.message) for c in caught) != believed and (w.values == 1).all() != believed
+    assert any('of one class' in str(c.message) for c in caught) != believed and (w.values == 1).all() != believed
 
 def test_a_class_without_reference_does_not_share():
     s, r, y, z = differing(30, 10, 0)
