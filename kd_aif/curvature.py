@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FlatModel', 'mean_gradient', 'logit_hessian_product', 'gauss_newton_product', 'GaussNewton', 'hessian_product',
            'Hessian', 'logit_hessians', 'hessian_roots', 'logit_roots', 'batch_size', 'batch_rows', 'sample_mask',
-           'merged', 'sample_batches', 'sample_gradients', 'gradient_pieces', 'Rows', 'StreamedRows', 'root_rows',
-           'sampled_rows', 'mean_eigenvalue']
+           'merged', 'chosen_batches', 'sample_batches', 'sample_gradients', 'gradient_pieces', 'Rows', 'StreamedRows',
+           'root_rows', 'sampled_rows', 'mean_eigenvalue']
 
 # %% ../nbs/05_curvature.ipynb #05-curvature-002
 import warnings
@@ -288,6 +288,19 @@ def merged(
     return [joined(group) for group in groups]
 
 # %% ../nbs/05_curvature.ipynb #05-curvature-038
+def chosen_batches(
+    batches:Iterable[dict], # re-iterable batches with 'index'
+    chosen:Tensor, # (n,) bool: which rows of all batches
+    size:int # samples in a batch of the result
+)->list[dict]: # the chosen rows in their order, in few batches
+    "Some rows of many batches, kept in memory"
+    parts, start = [], 0
+    for batch in batches:
+        keep = chosen[start:start + batch_size(batch)].nonzero()[:, 0]
+        start += batch_size(batch)
+        if len(keep): parts.append(batch_rows(batch, keep))
+    return merged(parts, size)
+
 def sample_batches(
     batches:Iterable[dict], # re-iterable batches with 'index'
     n:int|None, # how many samples; None or more than there are keeps all of them
@@ -299,12 +312,7 @@ def sample_batches(
     if n == 0: return []
     sizes = [batch_size(batch) for batch in batches]
     if n >= sum(sizes): return list(batches)
-    chosen, sample, start = sample_mask(sum(sizes), n, seed), [], 0
-    for batch, size in zip(batches, sizes):
-        keep = chosen[start:start + size].nonzero()[:, 0]
-        start += size
-        if len(keep): sample.append(batch_rows(batch, keep))
-    return merged(sample, max(sizes))
+    return chosen_batches(batches, sample_mask(sum(sizes), n, seed), max(sizes))
 
 # %% ../nbs/05_curvature.ipynb #05-curvature-041
 def _one_sample(flat, batch, pull):

@@ -196,14 +196,19 @@ def scores(self:LastLayerView,
     return values[:, 0] if s.ndim == 1 else values
 
 # %% ../nbs/07_influence.ipynb #07-influence-021
+def _slope_and_losses(loss, logits, batch):
+    "(b, C) gradient of each sample's loss with respect to its logits, and (b,) the losses, from one call"
+    def total(z): losses = loss(z, batch); return losses.sum(), losses
+    return grad(total, has_aux=True)(logits)
+
 def _view_of_batch(model, layer, loss, batch, forward, chosen, start):
     "Features, logits, losses, slope, Hessian of the chosen rows, their positions, index and labels of one batch"
     h, z = features_and_logits(model, batch, forward)
     if layer.bias is not None: h = torch.cat([h, torch.ones_like(h[:, :1])], 1)
-    slope = grad(lambda z: loss(z, batch).sum())(z)
+    slope, losses = _slope_and_losses(loss, z, batch)
     rows = torch.arange(0) if chosen is None else chosen.nonzero()[:, 0]
     bend = logit_hessians(loss, z[rows], batch_rows(batch, rows)) if len(rows) else z.new_zeros(0, z.shape[1], z.shape[1])
-    return h, z, loss(z, batch), slope, bend, (rows + start).to(z.device), batch['index'], batch['y']
+    return h, z, losses, slope, bend, (rows + start).to(z.device), batch['index'], batch['y']
 
 # %% ../nbs/07_influence.ipynb #07-influence-022
 def last_layer_view(
@@ -233,13 +238,14 @@ def under(self:LastLayerView,
     batches:Iterable[dict] # the same samples in the same order
 ): # `LastLayerView`
     "The same samples under another loss, from the logits that are there; without logit Hessians. Raises `ValueError` for other samples"
-    losses, slopes, index, start = [], [], [], 0
+    parts, start = [], 0
     for batch in batches:
-        batch = to_device(batch, self.logits.device)
-        z, start = self.logits[start:start + len(batch['index'])], start + len(batch['index'])
-        losses.append(loss(z, batch)); slopes.append(grad(lambda z: loss(z, batch).sum())(z)); index.append(batch['index'])
-    check_order('batches', self.index, torch.cat(index))
-    return replace(self, losses=torch.cat(losses), slope=torch.cat(slopes), bend=self.bend[:0], bend_rows=self.bend_rows[:0])
+        batch, end = to_device(batch, self.logits.device), start + len(batch['index'])
+        parts.append((*_slope_and_losses(loss, self.logits[start:end], batch), batch['index']))
+        start = end
+    slope, losses, index = map(torch.cat, zip(*parts))
+    check_order('batches', self.index, index)
+    return replace(self, losses=losses, slope=slope, bend=self.bend[:0], bend_rows=self.bend_rows[:0])
 
 # %% ../nbs/07_influence.ipynb #07-influence-023
 class LastLayerGaussNewton:

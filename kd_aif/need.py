@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 from .core import check_fraction, check_positive, evaluating, generator, to_device
-from .curvature import batch_rows, merged
+from .curvature import chosen_batches, merged
 from .influence import LastLayerGaussNewton, last_layer_solver, last_layer_view, stratified_folds
 from .losses import batch_cross_entropy
 from .models import default_forward
@@ -113,12 +113,7 @@ class ClassNeeds:
         self.rows = torch.cat([order[y[order] == c][:need.per_class] for c in range(n_classes)]).sort().values
         self.labels = y, torch.cat([b['y'].cpu() for b in self.val]) if train_on_val else y[:0]
         self.values = torch.ones(n_classes, dtype=torch.float64) # no class weights yet
-        few, start = [], 0
-        for batch in train:
-            own = self.rows[(self.rows >= start) & (self.rows < start + len(batch['y']))] - start
-            if len(own): few.append(batch_rows(batch, own))
-            start += len(batch['y'])
-        self.train = merged(few, _AT_ONCE)
+        self.train = chosen_batches(train, torch.zeros(len(y), dtype=torch.bool).index_fill(0, self.rows, True), _AT_ONCE)
 
     def _mass(self, weights):
         "[(C,), (C,)] sum of the weights of each class's training and validation samples"
