@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .core import Stopwatch, bar_options, check_fraction, check_positive, check_whole, evaluating, generator, plain, to_device
 from .curvature import batch_rows, sample_batches
-from .influence import (SCORES, CrossScores, InfluenceScores, LastLayerGaussNewton, cross_scores, influence_scores, last_layer_solver, last_layer_view,
+from .influence import (SCORES, CrossScores, InfluenceScores, LastLayerGaussNewton, cross_scores, influence_scores, last_layer_solver, last_layer_view, last_layer_views,
     stratified_folds)
 from .losses import batch_cross_entropy, kd_loss, weighted_mean
 from .models import default_forward, feature_maps, features_and_logits, last_linear
@@ -451,13 +451,16 @@ def _scored(teacher, train, val, config, forward):
     return _advised_loss(config), _Advised(plain(train), teacher, forward), _Advised(plain(val), teacher, forward)
 
 def _score(model, teacher, train, val, config, forward, earlier, progress):
-    "Scores of the training samples under `model`; all-layer scores of one target go on from the earlier ones"
+    "Scores of the training samples under `model`, and the last-layer views behind them if there are any; all-layer scores of one target go on from the earlier ones"
     loss, train, val = _scored(teacher, train, val, config, forward)
     solver, last_layer = config['solver'], config['last_layer']
     common = dict(last_layer=last_layer, forward=forward, val_loss=config['loss'], progress=progress)
-    if config['beta'] == 'calibrated': return cross_scores(model, loss, train, val, config['folds'], config['score'], solver, seed=config['seed'], **common)
+    if config['beta'] == 'calibrated':
+        val = list(val) # a loader may give another order in each pass
+        views = last_layer_views(model, loss, train, val, solver, forward, progress) if last_layer else None
+        return cross_scores(model, loss, train, val, config['folds'], config['score'], solver, seed=config['seed'], views=views, **common), views
     if earlier and not last_layer and config['score'] == 'mean' and isinstance(solver or CG(), CG): common['start'] = earlier[-1]
-    return influence_scores(model, loss, train, val, solver, config['score'], **common)
+    return influence_scores(model, loss, train, val, solver, config['score'], **common), None
 
 def _direction(model, teacher, train, val, config, forward):
     "(C·d,) s of the mean validation loss, last layer"
@@ -557,9 +560,11 @@ def distill(
         mentor = teacher if scored is student else None
         with clock('scoring'), torch.random.fork_rng():
             if rule is not lookup: return rule.follow(scored, _direction(scored, mentor, train, val, config, quick))
-            found.append(_aligned(_score(scored, mentor, train, val, config, quick if last_layer else forward, found, progress), index))
+            scores, views = _score(scored, mentor, train, val, config, quick if last_layer else forward, found, progress)
+            found.append(_aligned(scores, index))
         table.refresh(found[-1] if beta == 'calibrated' else found[-1].values)
         lookup.set(table.every)
+        return views
     def believed(): return table.calibration is None or table.calibration.comparable # validation samples of another kind say nothing of classes either
     def follow_need(epoch, model):
         if needs and epoch >= needs.need.start and believed():
@@ -570,12 +575,14 @@ def distill(
         with clock(name): history.extend(fit(*models, title=name, **options))
         for part in ('scoring', 'need'): clock.seconds[name] -= clock.seconds.get(part, 0.) - before.get(part, 0.) # phases of their own
 
+    views = None # what the teacher was seen to make of all samples
     if mechanism and one_shot: # the teacher knows all that will be known
-        refresh()
-        with clock('need'): needs = needs if needs and believed() and needs.wanted(teacher, table.every) else None
+        views = refresh()
+        with clock('need'): needs = needs if needs and believed() and needs.wanted(teacher, table.every, views) else None
         if mechanism == 'both' and (needs or not torch.equal(table.every, torch.ones_like(table.every))): # under uniform weights it has nothing to learn again
             teacher = teacher if make_teacher is None else make_teacher().to(_device(student))
             _check_teacher(teacher, student, _first_batch('train', plain(train)), forward)
+            views = None # it will be another
             train_it('teacher', teacher, None, before_epoch=follow_need)
         lookup.set(torch.ones_like(table.every))
     def before_epoch(epoch, model):
@@ -587,7 +594,8 @@ def distill(
         train_it('teacher', teacher, None, before_epoch=before_epoch)
         refresh() # once more, by the finished teacher
     if needs and teacher is not None and not together:
-        with clock('need'): needs.advise(teacher)
+        with clock('need'): needs.advise(teacher, views)
+    views = None # large
     if extra: extra = replace(extra, outputs=autocast_forward(extra.outputs, autocast))
     train_it('student', student, teacher, teacher_learns=together, before_epoch=before_epoch, extra=extra)
     if rule is not lookup and not callable(weights): table.every = lookup.by_sample()

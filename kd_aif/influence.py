@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TARGETS', 'SCORES', 'InfluenceScores', 'class_gradients', 'LastLayerView', 'last_layer_view', 'LastLayerGaussNewton',
            'last_layer_solver', 'all_layer_solver', 'influence_scores', 'check_order', 'self_influence', 'CrossScores',
-           'stratified_folds', 'combine_scores', 'cross_scores', 'directional_scores', 'loo_scores', 'lds']
+           'stratified_folds', 'combine_scores', 'last_layer_views', 'cross_scores', 'directional_scores', 'loo_scores',
+           'lds']
 
 # %% ../nbs/07_influence.ipynb #07-influence-002
 import json
-from functools import wraps
+from functools import partial, wraps
 from types import SimpleNamespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -162,10 +163,20 @@ class LastLayerView:
 # %% ../nbs/07_influence.ipynb #07-influence-019
 @patch
 def take(self:LastLayerView,
-    mask:Tensor # (n,) bool
+    mask:Tensor # (n,) bool, or positions
 ): # `LastLayerView`
     "The samples where `mask` is true, without the logit Hessians"
     return LastLayerView(*(t[mask] for t in (self.features, self.logits, self.losses, self.slope)), self.bend[:0], self.bend_rows[:0], self.index[mask], self.y[mask])
+
+@patch
+def at(self:LastLayerView,
+    index:Tensor # (k,) stable indices
+): # `LastLayerView`
+    "The samples with these indices, in their order, without the logit Hessians; raises `ValueError` for one that is not there"
+    ours, order = self.index.sort()
+    place = torch.searchsorted(ours, index.to(ours)).clamp_max(len(ours) - 1)
+    if not torch.equal(ours[place], index.to(ours)): raise ValueError(f"index: sample {int(index[ours[place].ne(index.to(ours)).nonzero()[0, 0]])} is not among the {len(self)} of this view; take the view of all samples, or leave it out")
+    return self.take(order[place])
 
 @patch
 def gradient(self:LastLayerView)->Tensor: # (C·d,)
@@ -201,14 +212,12 @@ def _slope_and_losses(loss, logits, batch):
     def total(z): losses = loss(z, batch); return losses.sum(), losses
     return grad(total, has_aux=True)(logits)
 
-def _view_of_batch(model, layer, loss, batch, forward, chosen, start):
-    "Features, logits, losses, slope, Hessian of the chosen rows, their positions, index and labels of one batch"
-    h, z = features_and_logits(model, batch, forward)
-    if layer.bias is not None: h = torch.cat([h, torch.ones_like(h[:, :1])], 1)
+def _derivatives(loss, z, batch, chosen, start):
+    "Losses, slope, Hessian of the chosen rows, their positions, index and labels of one batch, from its logits"
     slope, losses = _slope_and_losses(loss, z, batch)
-    rows = torch.arange(0) if chosen is None else chosen.nonzero()[:, 0]
+    rows = chosen[start:start + len(z)].nonzero()[:, 0]
     bend = logit_hessians(loss, z[rows], batch_rows(batch, rows)) if len(rows) else z.new_zeros(0, z.shape[1], z.shape[1])
-    return h, z, losses, slope, bend, (rows + start).to(z.device), batch['index'], batch['y']
+    return losses, slope, bend, (rows + start).to(z.device), batch['index'], batch['y']
 
 # %% ../nbs/07_influence.ipynb #07-influence-022
 def last_layer_view(
@@ -221,12 +230,14 @@ def last_layer_view(
 )->LastLayerView: # on the CPU or the model's device
     "One forward pass that keeps features, logits and the loss's derivatives at the logits"
     device, layer, parts, n = next(model.parameters()).device, None, [], 0
-    chosen = sample_mask(sum(len(b['index']) for b in batches), max_bend) if max_bend else None
+    chosen = sample_mask(sum(len(b['index']) for b in batches), max_bend)
     with measuring(model), torch.no_grad():
         for batch in tqdm(batches, desc='last layer', leave=False, **bar_options(progress)):
             batch = to_device(batch, device)
             layer = layer or last_linear(model, batch_rows(batch, slice(2)), forward)[1]
-            parts.append(_view_of_batch(model, layer, loss, batch, forward, None if chosen is None else chosen[n:n + len(batch['index'])], n))
+            h, z = features_and_logits(model, batch, forward)
+            if layer.bias is not None: h = torch.cat([h, torch.ones_like(h[:, :1])], 1)
+            parts.append((h, z, *_derivatives(loss, z, batch, chosen, n)))
             n += len(batch['index'])
     if not parts: raise ValueError("batches: no sample; give at least one batch, in a list or another re-iterable")
     return LastLayerView(*(torch.cat(p) for p in zip(*parts)))
@@ -235,17 +246,18 @@ def last_layer_view(
 @patch
 def under(self:LastLayerView,
     loss:Callable, # loss(logits, batch) -> (b,)
-    batches:Iterable[dict] # the same samples in the same order
+    batches:Iterable[dict], # the same samples in the same order
+    max_bend:int=0 # largest number of samples whose logit Hessian is kept, drawn as in `last_layer_view`
 ): # `LastLayerView`
-    "The same samples under another loss, from the logits that are there; without logit Hessians. Raises `ValueError` for other samples"
-    parts, start = [], 0
+    "The same samples under another loss, from the logits that are there. Raises `ValueError` for other samples"
+    parts, start, chosen = [], 0, sample_mask(len(self), max_bend)
     for batch in batches:
         batch, end = to_device(batch, self.logits.device), start + len(batch['index'])
-        parts.append((*_slope_and_losses(loss, self.logits[start:end], batch), batch['index']))
+        parts.append(_derivatives(loss, self.logits[start:end], batch, chosen, start))
         start = end
-    slope, losses, index = map(torch.cat, zip(*parts))
+    losses, slope, bend, rows, index, y = map(torch.cat, zip(*parts))
     check_order('batches', self.index, index)
-    return replace(self, losses=losses, slope=slope, bend=self.bend[:0], bend_rows=self.bend_rows[:0])
+    return LastLayerView(self.features, self.logits, losses, slope, bend, rows, index, y)
 
 # %% ../nbs/07_influence.ipynb #07-influence-023
 class LastLayerGaussNewton:
@@ -513,11 +525,23 @@ def _joined(t, v):
     parts = [torch.cat([getattr(t, k), getattr(v, k)]) for k in ('features', 'logits', 'losses', 'slope')]
     return LastLayerView(*parts, torch.cat([t.bend, v.bend[keep]]), rows, torch.cat([t.index, v.index]), torch.cat([t.y, v.y]))
 
-def _last_layer_folds(model, loss, val_loss, train, val, folds, target, solver, forward, seed, progress):
+def last_layer_views(
+    model:nn.Module, # the model; its last linear layer gives the logits
+    loss:Callable, # training loss: loss(logits, batch) -> (b,)
+    train:Iterable[dict], # training samples, see `cross_scores`
+    val:Iterable[dict], # held-out samples
+    solver=None, # its `n_samples` bounds how many logit Hessians are kept
+    forward:Callable|None=None, # forward(model, batch) -> logits; default model(batch['x'])
+    progress:bool=True # show bars
+)->tuple[LastLayerView, LastLayerView]: # of the training samples and of the held-out samples
+    "What `cross_scores` with the last layer asks the model, for those who have more questions about the same samples"
+    v = last_layer_view(model, loss, val, forward, 1000, progress)
+    return last_layer_view(model, loss, train, forward, _bend_limit(v.logits.shape[1], solver.n_samples if solver else None), progress), v
+
+def _last_layer_folds(model, loss, val_loss, train, val, folds, target, solver, forward, seed, progress, views=None):
     "Influence of every training and validation sample under each fold's target, by the last layer in closed form"
     start, val = perf_counter(), list(val)
-    v = last_layer_view(model, loss, val, forward, 1000, progress)
-    t = last_layer_view(model, loss, train, forward, _bend_limit(v.logits.shape[1], solver.n_samples if solver else None), progress)
+    t, v = views or last_layer_views(model, loss, train, val, solver, forward, progress)
     both = _joined(t, v)
     held = v.under(val_loss, val) if val_loss else v
     fold = stratified_folds(v.y, folds, seed).to(v.y.device)
@@ -575,13 +599,15 @@ def cross_scores(
     val_loss:Callable|None=None, # loss whose fall on the validation samples is the aim; default `loss`
     forward:Callable|None=None, # forward(model, batch) -> logits; default model(batch['x'])
     seed:int=0, # seed of the folds
-    progress:bool=True # show bars
+    progress:bool=True, # show bars
+    views:tuple|None=None # what `last_layer_views` made of the same model, loss and samples; saves its passes, which `seconds` then leaves out
 )->CrossScores: # (folds, n) scores, and each fold's reference scores
     """Scores of the training samples, and of held-out samples treated as training samples, under targets that have not seen the latter.
     Raises `ValueError` for an unknown `score` or too few validation samples. Ours; not part of the published method."""
     if score not in SCORES: raise ValueError(f"score is {score!r}; use one of {', '.join(SCORES)}")
     target = 'mean' if score.startswith('mean') else 'local'
-    measure = _last_layer_folds if last_layer else _all_layer_folds
+    if views and not last_layer: raise ValueError("views are of the last layer; leave them out, or use last_layer=True")
+    measure = partial(_last_layer_folds, views=views) if last_layer else _all_layer_folds
     t, v, fold, ours, theirs, found, seconds = measure(model, loss, val_loss, train, val, folds, target, solver, forward, seed, progress)
     values = torch.stack([combine_scores(i, t.losses, score, i, t.losses) for i in ours])
     reference = [combine_scores(j, v.losses, score, i, t.losses)[fold == k].cpu() for k, (i, j) in enumerate(zip(ours, theirs))]

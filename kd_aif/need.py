@@ -26,6 +26,8 @@ def _class_gradients(view, weights):
     return sums/onehot.sum(0).clamp_min(1e-12)
 
 # %% ../nbs/08b_need.ipynb #08b-need-006
+_MOST = 4000 # samples whose logit Hessian is looked at
+
 def class_need(
     model:nn.Module, # the model in training, used in eval mode
     train:Iterable[dict], # batches of the training samples to average over
@@ -37,12 +39,12 @@ def class_need(
     val_loss:Callable=batch_cross_entropy, # the one whose fall on the validation samples is the aim
     forward:Callable=default_forward, # forward(model, batch) -> logits
     solver=None, # default `last_layer_solver`
-    seed:int=0 # of the halves
+    seed:int=0, # of the halves
+    views:tuple|None=None # `LastLayerView`s of these training and validation samples under `loss`, the first with logit Hessians, where they are there already
 )->Tensor: # (2, C): measured twice, on halves of both sets; zero for a class without samples
     "What more weight of each class would do to the validation loss once the training has followed its own gradient (last layer)"
-    v = last_layer_view(model, loss, val, forward, progress=False)
+    t, v = views or (last_layer_view(model, loss, train, forward, _MOST, progress=False), last_layer_view(model, loss, val, forward, progress=False))
     held = v if val_loss is loss else v.under(val_loss, val)
-    t = last_layer_view(model, loss, train, forward, 4000, progress=False)
     w = torch.ones(len(t), device=t.y.device) if weights is None else weights.to(t.y.device)
     v_half, t_half = (stratified_folds(view.y, 2, seed).to(view.y.device) for view in (v, t))
     share = (train_share + val_share).clamp_min(1e-12).to(w)
@@ -95,6 +97,8 @@ class Need:
 # %% ../nbs/08b_need.ipynb #08b-need-014
 _AT_ONCE = 512 # samples in a batch that is only looked at: a few rows of each of many batches would keep a GPU waiting
 
+def _indices(batches): return torch.cat([b['index'] for b in batches])
+
 class ClassNeeds:
     "The class weights of one training after the other, followed on the same samples"
     def __init__(self,
@@ -123,30 +127,35 @@ class ClassNeeds:
         return [y.bincount(w.double().cpu(), len(self.values)) for y, w in zip(self.labels, (weights[:n], theirs))]
 
     def advise(self,
-        teacher:nn.Module # a trained teacher
+        teacher:nn.Module, # a trained teacher
+        views:tuple|None=None # see `wanted`
     )->None: # batches hold 'teacher_logits' from now on
         "Let the teacher say what it thinks of all samples that are looked at"
         with evaluating(teacher), torch.no_grad():
-            for batch in (*self.train, *self.val): batch['teacher_logits'] = self.forward(teacher, to_device(batch, next(teacher.parameters()).device))
+            for batches, view in zip((self.train, self.val), views or (None, None)):
+                for batch in batches: batch['teacher_logits'] = self.forward(teacher, to_device(batch, next(teacher.parameters()).device)) if view is None else view.at(batch['index']).logits
 
     def measure(self,
         model:nn.Module, # the model to ask
         weights:Tensor, # (n,) quality weights of all training samples, or (n + m,): of the validation samples that train too (default one)
-        teacher_loss:Callable|None=None # its own loss(logits, batch) where it learns from a teacher, see `advise`; default `loss`
+        teacher_loss:Callable|None=None, # its own loss(logits, batch) where it learns from a teacher, see `advise`; default `loss`
+        views:tuple|None=None # see `class_need`
     )->Tensor: # (2, C), see `class_need`
         "What it needs, under the present class weights"
         ours, theirs = (self.values*mass for mass in self._mass(weights))
         total = ours.sum() + theirs.sum()
-        return class_need(model, self.train, self.val, ours/total, theirs/total, weights[self.rows], teacher_loss or self.loss, self.loss, self.forward, seed=self.seed)
+        return class_need(model, self.train, self.val, ours/total, theirs/total, weights[self.rows], teacher_loss or self.loss, self.loss, self.forward, seed=self.seed, views=views)
 
     def wanted(self,
         model:nn.Module, # a trained model
-        weights:Tensor # (n,) or (n + m,), see `measure`
+        weights:Tensor, # (n,) or (n + m,), see `measure`
+        views:tuple|None=None # `LastLayerView`s of all training and validation samples under this model and `loss`, such as those it was scored with: it is not asked again
     )->bool: # whether class weights have anything to do
         "Do both halves agree that it is short of some classes? Looks at `first_look` samples of each"
         need = replace(self.need, per_class=max(self.need.per_class, self.need.first_look))
         closer = ClassNeeds(need, self._every, self.val, len(self.values), self.loss, self.forward, len(self.labels[1]) > 0, self.seed)
-        return reliability(closer.measure(model, weights), self.need.significance) > 0
+        if views: views = views[0].at(_indices(closer.train)).under(self.loss, closer.train, _MOST), views[1].at(_indices(self.val))
+        return reliability(closer.measure(model, weights, views=views), self.need.significance) > 0
 
     def step(self,
         model:nn.Module, # the model in training

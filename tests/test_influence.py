@@ -231,7 +231,17 @@ def test_a_view_under_another_loss_asks_the_model_nothing():
     found = view.under(other, cut(data, 2))
     assert len(calls) == before and len(found.bend) == len(found.bend_rows) == 0 and torch.equal(found.y, view.y)
     for part in ('losses', 'slope', 'features', 'logits', 'index'): same(getattr(found, part), getattr(wanted, part))
+    for part in ('bend', 'bend_rows'): same(getattr(view.under(other, cut(data, 2), 5), part), getattr(wanted, part))
     with pytest.raises(ValueError, match='order'): view.under(other, cut({k: v.flip(0) for k, v in data.items()}, 3))
+
+def test_samples_of_a_view_are_found_by_their_index():
+    data = inputs('mixed', 9, 1)
+    view = last_layer_view(build('mixed'), batch_cross_entropy, cut({k: v.flip(0) for k, v in data.items()}, 4), max_bend=5, progress=False)
+    found = view.at(data['index'][[6, 2, 3]])
+    assert torch.equal(found.index, data['index'][[6, 2, 3]]) and torch.equal(found.y, data['y'][[6, 2, 3]]) and len(found.bend) == 0
+    same(found.features, view.features.flip(0)[[6, 2, 3]])
+    for missing in (torch.tensor([10**6]), torch.tensor([-1])):
+        with pytest.raises(ValueError, match=f'sample {int(missing)} is not among'): view.at(missing)
 
 @many
 @given(seeds, sizes, st.integers(0, 15))

@@ -2,7 +2,7 @@
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from kd_aif.influence import LastLayerGaussNewton, last_layer_view
+from kd_aif.influence import LastLayerGaussNewton, last_layer_view, last_layer_views
 from kd_aif.losses import batch_cross_entropy
 from kd_aif.need import ClassNeeds, Need, class_need, reliability
 
@@ -144,3 +144,24 @@ def test_a_few_rows_of_many_batches_are_looked_at_in_few():
     assert torch.equal(torch.cat([b['index'] for b in small.train]), small.rows)
     ones = torch.ones(len(tail['y']))
     assert torch.allclose(small.measure(model, ones), large.measure(model, ones), rtol=1e-4, atol=1e-6)
+
+def test_what_scoring_saw_answers_as_the_model_would():
+    "Views of all samples, in any order, instead of passes of the model: for the first look, and for what the teacher thinks"
+    model, ones, calls = fitted(tail), torch.ones(len(tail['y'])), []
+    ask = lambda m, b: calls.append(1) or m(b['x'])
+    turned = {k: v.flip(0) for k, v in tail.items()}
+    views = last_layer_views(model, batch_cross_entropy, batches(turned), batches(val, 50), None, ask, progress=False)
+    asked, told = (ClassNeeds(Need(per_class=10, first_look=100), batches(tail), batches(val), C, forward=ask) for _ in range(2))
+    before, look = len(calls), []
+    class Seen(ClassNeeds):
+        def measure(self, *args, **kw): look.append(super().measure(*args, **kw)); return look[-1]
+    told.__class__ = asked.__class__ = Seen
+    for needs, seen in ((told, views), (asked, None)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr('kd_aif.need.ClassNeeds', Seen)
+            needs.wanted(model, ones, seen)
+        needs.advise(model, seen)
+        if seen: assert len(calls) == before, 'the model is not asked'
+    assert len(calls) > before and torch.allclose(*look, rtol=1e-4, atol=1e-6)
+    for a, b in zip((*told.train, *told.val), (*asked.train, *asked.val), strict=True): assert torch.allclose(a['teacher_logits'], b['teacher_logits'], atol=1e-5)
+    with pytest.raises(ValueError, match='sample 0 is not among'): told.wanted(model, ones, (views[0].take(views[0].index > 9), views[1]))
