@@ -11,3 +11,9 @@ os.environ.setdefault('TQDM_DISABLE', '1')
 def root():
     "The root of the repository."
     return Path(__file__).resolve().parents[1]
+
+@pytest.fixture
+def cpu(monkeypatch):
+    "Tasks on the CPU, where a repeat gives the same last bit; on a GPU sums may be taken in another order."
+    import torch
+    for module in ('runs', 'ssl_runs'): monkeypatch.setattr(f'kd_aif.{module}.default_device', lambda: torch.device('cpu'))

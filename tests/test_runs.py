@@ -24,7 +24,7 @@ def test_every_method_runs_and_is_recorded(method, teachers, tmp_path):
         m = record.metrics
         assert sum(map(sum, m['probability_histogram'].values())) == 997 and abs(m['true_clean_fraction'] - .73) < .02 and len(m['clean_fractions']) == 10
 
-def test_a_teacher_from_the_file_teaches_what_it_did_when_it_was_new(tmp_path):
+def test_a_teacher_from_the_file_teaches_what_it_did_when_it_was_new(cpu, tmp_path):
     "Looking at its shapes does not touch its running statistics"
     first, again = (run('sp', tmp_path, epochs=2)[0] for _ in range(2))
     assert first.metrics['test_accuracy'] == again.metrics['test_accuracy'] and first.metrics['teacher_test_accuracy'] == again.metrics['teacher_test_accuracy']

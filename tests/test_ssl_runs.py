@@ -79,7 +79,7 @@ def test_a_threshold_is_recorded_and_measured_with():
     assert record.config['rule'] == dict(threshold=.3, weight=1.) and record.metrics['threshold'] == .3
     assert run('uda')[0].metrics['threshold'] == .8 and run('mpl', threshold=.3)[0].metrics['threshold'] == run('mean_teacher')[0].metrics['threshold'] == .95, 'all its labels count'
 
-def test_force_runs_again_with_the_same_result(tmp_path):
+def test_force_runs_again_with_the_same_result(cpu, tmp_path):
     first, _ = run('fixmatch', tmp_path)
     again, found = run_ssl_task(make_ssl_task('digits', **SHORT), 'fixmatch', 'test', tmp_path, force=True, progress=False)
     assert found is not None and timeless(again) == timeless(first) and again.history == first.history and len(load_records(tmp_path)) == 1
@@ -122,7 +122,7 @@ def test_partial_svhn_is_called_so(tmp_path, monkeypatch):
 class Stop(Exception): pass
 
 @pytest.mark.parametrize('method', ['fixmatch', 'temporal_ensembling', 'mpl'])
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(method, tmp_path):
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(cpu, method, tmp_path):
     whole, _ = run(method)
     measure, calls = PseudoLabelMeter.__call__, []
     def stop(meter, *args):
@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(method, tmp_p
     assert len(calls) == 4, 'only the last part was run again'
     assert timeless(resumed) == timeless(whole) and resumed.history == whole.history and resumed.key == whole.key and kept(tmp_path/'cache') == []
 
-def test_what_older_code_has_begun_is_not_continued_but_removed(tmp_path):
+def test_what_older_code_has_begun_is_not_continued_but_removed(cpu, tmp_path):
     whole, _ = run('fixmatch')
     old = tmp_path/'cache'/'ssl'/f'fixmatch-s0-{whole.key}-0123456789abcdef.pt'
     old.parent.mkdir(parents=True, exist_ok=True); old.write_bytes(b'of another version')
