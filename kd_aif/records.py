@@ -62,6 +62,8 @@ METHODS = {  # short name -> label, in the order of tables and figures
     'okddip': 'OKDDip',
     'supervised': 'supervised', 'supervised_all': 'supervised, all labels', 'pseudo_label': 'Pseudo-Label', 'temporal_ensembling': 'Temporal Ensembling', 'mean_teacher': 'Mean Teacher', 'vat': 'VAT', 'ict': 'ICT',
     'uda': 'UDA', 'fixmatch': 'FixMatch', 'lga': 'LGA', 'mpl': 'Meta Pseudo Labels', 'kd_aif_ssl': 'KD-AIF, semi-supervised',
+    'oracle_right': 'KD-AIF’s weights, right labels known',
+    'oracle_wrong': 'KD-AIF’s weights, wrong labels known',
     'oracle_student': 'oracle, student',
     'oracle': 'oracle',
 }

@@ -27,7 +27,7 @@ from .need import Need
 from .online import DeepMutualLearning, DiversePeers, NativeEnsemble, TeacherAdapter, assistant_name, bdkd_loss, distill_in_steps
 from .plots import weight_diagnostics
 from .records import find_record, make_record, save_record
-from .weights import calibrated_weights, joint_weights
+from .weights import balanced, calibrated_weights, joint_weights
 
 # %% ../nbs/13b_runs.ipynb #13b-runs-005
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def trained_teacher(
 _UNTAUGHT = 'ce', 'one', 'okddip' # methods in which no other network than the student's has a part
 _TAUGHT = *BETA, 'bdkd', 'pesf' # those with one more term in the student's loss
 
-CALIBRATED = 'kd_aif', 'quality', 'small_loss_calibrated', 'self_influence', 'random', 'val_alone' # how methods begin whose weights come from calibrated scores
+CALIBRATED = 'kd_aif', 'quality', 'small_loss_calibrated', 'self_influence', 'random', 'val_alone', 'oracle_right', 'oracle_wrong' # how methods begin whose weights come from calibrated scores
 
 def _calibrates(method, task):
     "Whether the weights of a method come from calibrated scores"
@@ -248,6 +248,13 @@ class _Context:
     def pruned(self, wrong):
         "(n + m,) zero on the training samples that are taken for wrong, equal within the class on all others"
         return oracle_weights(torch.cat([wrong, torch.zeros(len(self.every_y) - len(self.y), dtype=torch.bool)]), self.every_y)
+
+    def half_known(self, wrong):
+        "(n + m,) `quality` where one kind of label is known for what it is: wrong ones weigh nothing, or right ones as much as the validation samples of their class"
+        w, n = self.quality.clone(), len(self.y)
+        sure = torch.zeros(self.n_classes).scatter(0, self.every_y[n:], w[n:])[self.every_y]
+        w = torch.where(self.every_wrong, 0., w) if wrong else torch.where(self.every_wrong, w, sure)
+        return balanced(w, self.every_y)
 
     def val_alone(self):
         "(n + m,) validation samples as in `quality`, the training samples of a class all alike"
@@ -369,6 +376,7 @@ def _with_loss(c, loss): return dict(weights=torch.ones(len(c.y)), loss=loss)
 # %% ../nbs/13b_runs.ipynb #13b-runs-022
 _rivals = dict(
     oracle=lambda c: dict(weights=oracle_weights(c.every_wrong, c.every_y)), random=lambda c: dict(weights=random_weights_like(c.quality, c.every_y, c.task.seed)), val_alone=lambda c: dict(weights=c.val_alone()),
+    oracle_wrong=lambda c: dict(weights=c.half_known(wrong=True)), oracle_right=lambda c: dict(weights=c.half_known(wrong=False)),
     small_loss=lambda c: dict(weights=small_loss_weights(c.losses, c.y)), self_influence=lambda c: dict(weights=c.self_influence),
     confident_learning=lambda c: dict(weights=c.pruned(confident_learning(c.probabilities, c.y) == 0)), gce=lambda c: _with_loss(c, GeneralizedCrossEntropy()),
     mwn=lambda c: dict(weights=MetaWeightNet(c.v, seed=c.task.seed)), l2rw=lambda c: dict(weights=LearningToReweight(c.v, seed=c.task.seed)),

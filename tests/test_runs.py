@@ -49,6 +49,11 @@ def test_the_oracle_gives_wrong_labels_nothing_and_random_weights_the_same_histo
     _, random = run('random_student', teachers)
     every = torch.cat([random.weights, random.val_weights])
     assert torch.equal(every.sort().values, c.quality.sort().values) and not torch.equal(every, c.quality)
+    found = {wrong: c.half_known(wrong) for wrong in (True, False)}
+    assert (found[True][:len(wrong)][wrong] == 0).all() and (found[False][:len(wrong)][wrong] > 0).any()
+    for k in range(10):
+        rows, right = c.every_y == k, (c.every_y == k) & ~c.every_wrong
+        assert found[False][right].std() < 1e-6 and torch.allclose(found[True][right]/c.quality[right], (found[True][right]/c.quality[right])[:1]) and all(torch.isclose(w[rows].mean(), torch.tensor(1.)) for w in found.values())
     _, alone = run('val_alone_student', teachers)
     assert torch.equal(alone.val_weights, c.quality[len(c.y):]) and all(alone.weights[c.y == k].std() < 1e-6 for k in range(10)) and alone.val_weights.min() > alone.weights.max()
 
