@@ -173,9 +173,9 @@ def at(self:LastLayerView,
     index:Tensor # (k,) stable indices
 ): # `LastLayerView`
     "The samples with these indices, in their order, without the logit Hessians; raises `ValueError` for one that is not there"
-    ours, order = self.index.sort()
-    place = torch.searchsorted(ours, index.to(ours)).clamp_max(len(ours) - 1)
-    if not torch.equal(ours[place], index.to(ours)): raise ValueError(f"index: sample {int(index[ours[place].ne(index.to(ours)).nonzero()[0, 0]])} is not among the {len(self)} of this view; take the view of all samples, or leave it out")
+    index, (ours, order) = index.to(self.index), self.index.sort()
+    place = torch.searchsorted(ours, index).clamp_max(len(ours) - 1)
+    if len(missing := index[ours[place] != index]): raise ValueError(f"index: sample {int(missing[0])} is not among the {len(self)} of this view; take the view of all samples, or leave it out")
     return self.take(order[place])
 
 @patch
