@@ -145,7 +145,7 @@ def test_a_few_rows_of_many_batches_are_looked_at_in_few():
     ones = torch.ones(len(tail['y']))
     assert torch.allclose(small.measure(model, ones), large.measure(model, ones), rtol=1e-4, atol=1e-6)
 
-def test_what_scoring_saw_answers_as_the_model_would():
+def test_what_scoring_saw_answers_as_the_model_would(monkeypatch):
     "Views of all samples, in any order, instead of passes of the model: for the first look, and for what the teacher thinks"
     model, ones, calls = fitted(tail), torch.ones(len(tail['y'])), []
     ask = lambda m, b: calls.append(1) or m(b['x'])
@@ -155,12 +155,9 @@ def test_what_scoring_saw_answers_as_the_model_would():
     before, look = len(calls), []
     class Seen(ClassNeeds):
         def measure(self, *args, **kw): look.append(super().measure(*args, **kw)); return look[-1]
-    told.__class__ = asked.__class__ = Seen
+    monkeypatch.setattr('kd_aif.need.ClassNeeds', Seen) # what `wanted` makes for its closer look
     for needs, seen in ((told, views), (asked, None)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr('kd_aif.need.ClassNeeds', Seen)
-            needs.wanted(model, ones, seen)
-        needs.advise(model, seen)
+        needs.wanted(model, ones, seen); needs.advise(model, seen)
         if seen: assert len(calls) == before, 'the model is not asked'
     assert len(calls) > before and torch.allclose(*look, rtol=1e-4, atol=1e-6)
     for a, b in zip((*told.train, *told.val), (*asked.train, *asked.val), strict=True): assert torch.allclose(a['teacher_logits'], b['teacher_logits'], atol=1e-5)
