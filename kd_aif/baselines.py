@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from .core import check_fraction, check_positive, check_whole, evaluating, generator, plain, to_device
+from .core import check_fraction, check_positive, check_whole, evaluating, generator, places, plain, to_device
 from .curvature import _Forward, batch_rows, batch_size, merged
 from .distill import MixedBatches, Step, SubsetBatches
 from .influence import CrossScores, self_influence, stratified_folds
@@ -384,7 +384,7 @@ class WatchedRule(_Rule):
         "Mean weight of each sample over the last epochs; raises `ValueError` for samples that were not in them"
         parts = [(i, w) for e, i, w in self._seen if e > self._seen[-1][0] - epochs]
         known, place = (torch.cat([i for i, _ in parts]).cpu() if parts else index[:0]).unique(return_inverse=True)
-        at = torch.searchsorted(known, index.cpu()).clamp_max(max(0, len(known) - 1))
-        if not len(known) or not torch.equal(known[at], index.cpu()): raise ValueError("index: there are samples for which no weight was given; train with the rule first, and give training samples only")
+        at, there = places(known, index.cpu())
+        if not len(known) or not there.all(): raise ValueError("index: there are samples for which no weight was given; train with the rule first, and give training samples only")
         w = torch.cat([w for _, w in parts]).float().cpu()
         return (torch.zeros(len(known)).index_add_(0, place, w)/torch.bincount(place))[at]

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from .core import Stopwatch, bar_options, check_fraction, check_positive, check_whole, evaluating, generator, plain, to_device
+from .core import Stopwatch, bar_options, check_fraction, check_positive, check_whole, evaluating, generator, places, plain, to_device
 from .curvature import batch_rows, sample_batches
 from .influence import (SCORES, CrossScores, InfluenceScores, LastLayerGaussNewton, cross_scores, influence_scores, last_layer_solver, last_layer_view, last_layer_views,
     stratified_folds)
@@ -253,9 +253,7 @@ class _Places:
     def __call__(self, batch):
         "(b,) places in the order of `keys`, (b,) whether the sample is there, (b,) whether it is held out"
         held_out = batch.get('held_out', torch.zeros_like(batch['index'], dtype=torch.bool))
-        key = 2*batch['index'] + held_out
-        place = torch.searchsorted(self.keys, key).clamp_max(len(self.keys) - 1)
-        return place, self.keys[place] == key, held_out
+        return *places(self.keys, 2*batch['index'] + held_out), held_out
 
 # %% ../nbs/09_distill.ipynb #515ac64e
 class _WeightTable:

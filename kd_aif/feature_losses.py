@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .core import check_fraction, check_positive, check_whole, evaluating, generator, to_device
+from .core import check_fraction, check_positive, check_whole, evaluating, generator, places, to_device
 from .losses import _check_logits
 
 # %% ../nbs/10b_feature_losses.ipynb #10b-feature-losses-008
@@ -338,8 +338,8 @@ class CRD(nn.Module):
 @patch
 def _places(self:CRD, index):
     "(b,) places in memory"
-    place = torch.searchsorted(self.keys, index).clamp_max(self.n_samples - 1) if index.ndim == 1 else index
-    if index.ndim != 1 or not torch.equal(self.keys[place], index):
+    place, there = places(self.keys, index)
+    if index.ndim != 1 or not there.all():
         raise ValueError(f"index is {tuple(index.shape)} from {int(index.min())} to {int(index.max())}; give one index per sample, among the {self.n_samples} of samples (from {int(self.keys[0])} to {int(self.keys[-1])})")
     return place
 

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import grad
 from tqdm.auto import tqdm
-from .core import atomic_path, bar_options, generator, to_device
+from .core import atomic_path, bar_options, generator, places, to_device
 from .curvature import FlatModel, GaussNewton, Rows, batch_rows, gradient_pieces, hessian_roots, logit_hessians, mean_gradient, root_rows
 from .curvature import sample_batches, sample_mask
 from .models import features_and_logits, last_linear
@@ -174,8 +174,8 @@ def at(self:LastLayerView,
 ): # `LastLayerView`
     "The samples with these indices, in their order, without the logit Hessians; raises `ValueError` for one that is not there"
     index, (ours, order) = index.to(self.index), self.index.sort()
-    place = torch.searchsorted(ours, index).clamp_max(len(ours) - 1)
-    if len(missing := index[ours[place] != index]): raise ValueError(f"index: sample {int(missing[0])} is not among the {len(self)} of this view; take the view of all samples, or leave it out")
+    place, there = places(ours, index)
+    if len(missing := index[~there]): raise ValueError(f"index: sample {int(missing[0])} is not among the {len(self)} of this view; take the view of all samples, or leave it out")
     return self.take(order[place])
 
 @patch

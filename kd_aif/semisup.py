@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from .augment import strong_augmentation_for
-from .core import Stopwatch, atomic_path, bar_options, check_fraction, check_positive, check_whole, evaluating, generator
+from .core import Stopwatch, atomic_path, bar_options, check_fraction, check_positive, check_whole, evaluating, generator, places
 from .data import ImageBatches, ImageData, _digest, augmentation_for
 from .distill import autocast_forward, count_classes, evaluate
 from .influence import influence_scores
@@ -65,8 +65,8 @@ class HiddenLabels:
     )->Tensor: # (k,) their labels, on the device of `index`
         "Labels by index; raises `ValueError` for a sample that is not among them"
         keys, order = self._sorted
-        place = torch.searchsorted(keys, index.cpu()).clamp_max(len(keys) - 1)
-        if (bad := keys[place] != index.cpu()).any(): raise ValueError(f"index {int(index.cpu()[bad][0])} has no hidden label; give the labels of the same split")
+        place, there = places(keys, index.cpu())
+        if not there.all(): raise ValueError(f"index {int(index.cpu()[~there][0])} has no hidden label; give the labels of the same split")
         return self.y.cpu()[order[place]].to(index.device)
 
     def __repr__(self): return f'HiddenLabels({len(self.y):,}, {_digest(self.y, self.index)})'
