@@ -511,6 +511,7 @@ def distill(
     weights:Tensor|Callable|None=None, # instead of a mechanism: (n,) fixed weights of the training samples, in the order of plain(train), or (n + m,), then those of plain(val), used as they are; or a rule(step:Step) -> (b,)
     need:Need|str|None='auto', # weights of the classes: Need(), None, or 'auto': Need() where a mechanism has calibrated weights
     make_teacher:Callable|None=None, # makes a fresh teacher for mechanism 'both' with OneShot; None goes on from `teacher`, in place
+    rounds:int=1, # how often mechanism 'both' with OneShot trains a fresh teacher; from the second time on the one before judges again, and what its weights take from a label goes to its own opinion
     test:Iterable[dict]|None=None, # read once, at the end
     epochs:int=15, # passes over the data
     lr:float=.1, # peak learning rate of the one-cycle schedule
@@ -536,7 +537,7 @@ def distill(
 )->Run: # metrics, weights, scores, seconds
     """Train a student under weights that say how much each training sample helps on held-out data (arXiv 2501.02705; calibrated, balanced weights are ours).
     Raises `ValueError`/`TypeError` before any training for bad data, mismatched classes, settings out of range or weights of the wrong length."""
-    config = dict(mechanism=mechanism, schedule=schedule, train_on_val=train_on_val, epochs=epochs, lr=lr, T=T, alpha=alpha, beta=beta, transform=transform,
+    config = dict(mechanism=mechanism, schedule=schedule, train_on_val=train_on_val, rounds=rounds, epochs=epochs, lr=lr, T=T, alpha=alpha, beta=beta, transform=transform,
         score=score or ('mean+loss' if beta == 'calibrated' else 'mean'), update=update, folds=folds, borrow=borrow, solver=solver, last_layer=last_layer,
         need=(Need() if mechanism and beta == 'calibrated' else None) if need == 'auto' else need, loss=loss, extra=extra, autocast=autocast, compile=compile, cache_teacher=cache_teacher, seed=seed)
     index, held_out, val_index, val_y = _check_settings(student, teacher, train, val, test, weights, make_teacher, forward, config)
@@ -577,11 +578,14 @@ def distill(
     if mechanism and one_shot: # the teacher knows all that will be known
         views = refresh()
         with clock('need'): needs = needs if needs and believed() and needs.wanted(teacher, table.every, views) else None
-        if mechanism == 'both' and (needs or not torch.equal(table.every, torch.ones_like(table.every))): # under uniform weights it has nothing to learn again
-            teacher = teacher if make_teacher is None else make_teacher().to(_device(student))
+        for k in range(rounds if mechanism == 'both' else 0):
+            if k: refresh() # the one before knows more
+            if not needs and torch.equal(table.every, torch.ones_like(table.every)): break # under uniform weights there is nothing to learn again
+            mentor, views = teacher, None # it will be another
+            teacher = scored = teacher if make_teacher is None else make_teacher().to(_device(student))
             _check_teacher(teacher, student, _first_batch('train', plain(train)), forward)
-            views = None # it will be another
-            train_it('teacher', teacher, None, before_epoch=follow_need)
+            if k: lookup.set(torch.ones_like(table.every))
+            train_it('teacher', teacher, None, before_epoch=follow_need, loss=_with_opinion(loss, lookup, table, mentor, quick) if k else loss)
         lookup.set(torch.ones_like(table.every))
     def before_epoch(epoch, model):
         if mechanism and schedule.due(epoch):
@@ -599,6 +603,19 @@ def distill(
     if rule is not lookup and not callable(weights): table.every = lookup.by_sample()
     metrics = _metrics(student, teacher, val, test, table, lookup, forward)
     return Run(mechanism, metrics, history, table.values, table.every[table.n:], lookup.need if lookup.need is None else lookup.need.cpu(), index, found[-1] if found else None, table.calibration, clock.seconds, config, student, teacher)
+
+# %% ../nbs/09_distill.ipynb #964e1c8b
+def _with_opinion(loss, lookup, table, mentor, forward):
+    "loss(logits, batch) -> (b,): p of the given label's loss, 1 − p of the cross-entropy with what the mentor takes the sample for; p is the probability that the label is good"
+    p = torch.ones_like(table.every)
+    if table.calibration: p[:table.n] = table.calibration.probability
+    p = p.to(lookup.order.device)[lookup.order]
+    def mixed(logits, batch):
+        place, known = lookup.places(batch)
+        good = torch.where(known, p[place], 1.)
+        with torch.no_grad(): opinion = forward(mentor, batch).softmax(1)
+        return good*loss(logits, batch) - (1 - good)*(opinion*logits.log_softmax(1)).sum(1)
+    return mixed
 
 # %% ../nbs/09_distill.ipynb #09-distill-036
 def _check_teacher(teacher, student, batch, forward):
@@ -625,6 +642,9 @@ def _check_schedule(teacher, weights, make_teacher, config):
         raise ValueError(f"schedule {schedule} is never due in {config['epochs']} epochs; train longer, or start earlier")
     if make_teacher is not None and mechanism == 'both' and not isinstance(schedule, OneShot):
         raise ValueError("make_teacher: with Every() and Online() the given teacher trains along with the student; leave it None, or use OneShot()")
+    check_whole('rounds', config['rounds'])
+    if config['rounds'] > 1 and (mechanism != 'both' or not isinstance(schedule, OneShot) or make_teacher is None or config['beta'] != 'calibrated'):
+        raise ValueError(f"rounds is {config['rounds']}: teachers are trained again and again only by mechanism='both' with OneShot(), make_teacher and beta='calibrated'; give these, or leave rounds at 1")
     if mechanism and config['beta'] == 'calibrated' and not config['train_on_val'] and isinstance(schedule, Every):
         warnings.warn("train_on_val=False with calibrated weights: the model in training sees the training samples but not the validation samples, so wrong labels look better than they are")
 

@@ -27,6 +27,7 @@ METHODS = {  # short name -> label, in the order of tables and figures
     'kd_val': 'KD on train + validation',
     'kd_aif_student': 'KD-AIF, student',
     'kd_aif_both': 'KD-AIF, teacher and student',
+    'kd_aif_twice': 'KD-AIF, teacher trained again twice',
     'kd_aif_goes_on': 'KD-AIF, teacher goes on',
     'kd_val_goes_on': 'no weights, teacher goes on',
     'kd_aif_together': 'KD-AIF, trained together',

@@ -391,7 +391,7 @@ _aif = dict(kd_aif={}, quality=dict(need=None), small_loss_calibrated=dict(score
 
 RUNNERS = dict(ce=partial(_run_plain, teacher=False), kd=_run_plain, kd_val=partial(_run_plain, with_val=True),
     **{f'{name}_{m}': partial(_run_aif, mechanism=m, **changes) for name, changes in _aif.items() for m in ('student', 'both')},
-    kd_aif_goes_on=partial(_run_aif, mechanism='both', make_teacher=None), kd_val_goes_on=_run_longer, kd_aif_together=partial(_run_together, schedule=Every(2, 3, ahead=True)), published=partial(_run_together, schedule=Every(1, 2), beta=1.), online=partial(_run_together, schedule=Online(2), beta=1.),
+    kd_aif_twice=partial(_run_aif, mechanism='both', rounds=2), kd_aif_goes_on=partial(_run_aif, mechanism='both', make_teacher=None), kd_val_goes_on=_run_longer, kd_aif_together=partial(_run_together, schedule=Every(2, 3, ahead=True)), published=partial(_run_together, schedule=Every(1, 2), beta=1.), online=partial(_run_together, schedule=Online(2), beta=1.),
     **{f'{name}_student': partial(_run_rival, options=options, student_only=True) for name, options in _rivals.items() if name in ('oracle', 'random', 'val_alone')},
     **{name + suffix: partial(_run_feature, name=name, **changes) for suffix, changes in _features.items() for name in _TAUGHT},
     takd=_run_assistant, **{name: partial(_run_online, make=make) for name, make in _online.items()},
