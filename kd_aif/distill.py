@@ -583,6 +583,7 @@ def distill(
             if not needs and torch.equal(table.every, torch.ones_like(table.every)): break # under uniform weights there is nothing to learn again
             mentor, views = teacher, None # it will be another
             teacher = scored = teacher if make_teacher is None else make_teacher().to(_device(student))
+            if k and teacher is mentor: raise ValueError("make_teacher: gave the same network twice; make a new one in every call")
             _check_teacher(teacher, student, _first_batch('train', plain(train)), forward)
             if k: lookup.set(torch.ones_like(table.every))
             train_it('teacher', teacher, None, before_epoch=follow_need, loss=_with_opinion(loss, lookup, table, mentor, quick) if k else loss)

@@ -33,6 +33,7 @@ METHODS = {  # short name -> label, in the order of tables and figures
     'kd_aif_together': 'KD-AIF, trained together',
     'quality_student': 'quality alone, student',
     'quality_both': 'quality alone',
+    'quality_twice': 'quality alone, teacher trained again twice',
     'need_student': 'need alone, student',
     'need_both': 'need alone',
     'published': 'published form (sigmoid)',

@@ -239,9 +239,9 @@ class _Context:
         return torch.zeros(self.n_classes).scatter(0, every, weigh(every, self.n_classes))
     def shared_teacher(self, with_val=True): return trained_teacher(self.task, self.train, self.val, with_val, self.teachers, self.progress)
 
-    def calibrated(self, score):
-        "(n + m,) calibrated weights, validation samples last, from what `score` says of the training samples and of known good ones, under the shared teacher"
-        teacher, _ = self.shared_teacher()
+    def calibrated(self, score, teacher=None):
+        "(n + m,) calibrated weights, validation samples last, from what `score` says of the training samples and of known good ones, under a teacher, by default the shared one"
+        teacher = teacher or self.shared_teacher()[0]
         with self.clock('scoring'): s = score(teacher, batch_cross_entropy, self.t.plain(), self.v.plain(), progress=False)
         return joint_weights(calibrated_weights(s.values, s.reference, s.labels, s.reference_labels, borrow=self.task.borrow).probability, s.labels, self.every_y[len(self.y):])
 
@@ -265,6 +265,13 @@ class _Context:
 
     @cached_property
     def quality(self): return self.calibrated(partial(cross_scores, seed=self.task.seed))
+
+    @cached_property
+    def second_quality(self):
+        "(n + m,) the same under a teacher that has been trained under `quality`"
+        w = self.quality
+        with self.clock('preparation'): first = distill(self.model('teacher'), None, self.t, self.v, weights=w, **self.settings).student
+        return self.calibrated(partial(cross_scores, seed=self.task.seed), first)
 
     @cached_property
     def self_influence(self): return self.calibrated(self_influence_cross)
@@ -376,7 +383,7 @@ def _with_loss(c, loss): return dict(weights=torch.ones(len(c.y)), loss=loss)
 # %% ../nbs/13b_runs.ipynb #13b-runs-022
 _rivals = dict(
     oracle=lambda c: dict(weights=oracle_weights(c.every_wrong, c.every_y)), random=lambda c: dict(weights=random_weights_like(c.quality, c.every_y, c.task.seed)), val_alone=lambda c: dict(weights=c.val_alone()),
-    oracle_wrong=lambda c: dict(weights=c.half_known(wrong=True)), oracle_right=lambda c: dict(weights=c.half_known(wrong=False)),
+    quality_twice=lambda c: dict(weights=c.second_quality), oracle_wrong=lambda c: dict(weights=c.half_known(wrong=True)), oracle_right=lambda c: dict(weights=c.half_known(wrong=False)),
     small_loss=lambda c: dict(weights=small_loss_weights(c.losses, c.y)), self_influence=lambda c: dict(weights=c.self_influence),
     confident_learning=lambda c: dict(weights=c.pruned(confident_learning(c.probabilities, c.y) == 0)), gce=lambda c: _with_loss(c, GeneralizedCrossEntropy()),
     mwn=lambda c: dict(weights=MetaWeightNet(c.v, seed=c.task.seed)), l2rw=lambda c: dict(weights=LearningToReweight(c.v, seed=c.task.seed)),

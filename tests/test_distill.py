@@ -123,6 +123,26 @@ def test_made_teacher_leaves_the_given_one_alone(teacher):
     unused = distill(model(1), teacher, train, val, mechanism='student', make_teacher=make, **settings)
     assert len(made) == 1 and unused.teacher is teacher
 
+def test_second_round(teacher):
+    "The first teacher that is made is that of one round; it judges again and speaks for the labels that it doubts, and another one is made."
+    made = {}
+    def trained_again(rounds, train=train, **kwargs):
+        made[rounds] = []
+        def make(): made[rounds].append(model(9, 16)); return made[rounds][-1]
+        return distill(model(1), teacher, train, val, mechanism='both', make_teacher=make, rounds=rounds, test=test, **settings | kwargs)
+    before, runs = state(teacher), {k: trained_again(k) for k in (1, 2, 3)}
+    assert [len(m) for m in made.values()] == [1, 2, 3] and all(run.teacher is made[k][-1] for k, run in runs.items()) and equal(before, state(teacher))
+    assert [h['phase'] for h in runs[3].history] == ['teacher']*9 + ['student']*3
+    assert equal(state(made[1][0]), state(made[3][0])) and equal(state(made[2][1]), state(made[3][1])) and not equal(state(made[2][0]), state(made[2][1]))
+    assert runs[2].weights[~wrong].mean() > 2*runs[2].weights[wrong].mean() and not torch.equal(runs[1].weights, runs[2].weights)
+    shuffled = trained_again(2, Loader(train_data, shuffle=True))
+    found = torch.zeros(10_000).index_put_((shuffled.index,), shuffled.weights)[train_data['index']]
+    assert found[~wrong].mean() > 2*found[wrong].mean()
+
+def test_second_round_wants_another_teacher(teacher):
+    one = model(9, 16)
+    with pytest.raises(ValueError, match='same network twice'): distill(model(1), teacher, train, val, mechanism='both', make_teacher=lambda: one, rounds=2, **settings)
+
 def test_scores_come_when_they_are_due(teacher, monkeypatch):
     import kd_aif.distill as module
     calls, real = [], module._score
@@ -206,8 +226,8 @@ def test_lists_follow_their_samples_or_are_refused():
 
 # Weights, and weights of one
 
-@pytest.mark.parametrize('kwargs', [dict(mechanism='student'), dict(mechanism='both', make_teacher=lambda: model(9, 16)), dict(mechanism='student', schedule=OneShot(after=1)), dict(weights=torch.ones(N))],
-                         ids=['student', 'both', 'late', 'given'])
+@pytest.mark.parametrize('kwargs', [dict(mechanism='student'), dict(mechanism='both', make_teacher=lambda: model(9, 16)), dict(mechanism='both', make_teacher=lambda: model(9, 16), rounds=3),
+    dict(mechanism='student', schedule=OneShot(after=1)), dict(weights=torch.ones(N))], ids=['student', 'both', 'rounds', 'late', 'given'])
 @pytest.mark.parametrize('train_on_val', [True, False])
 def test_weights_of_one_are_the_plain_run_bit_for_bit(kwargs, train_on_val):
     "On clean labels nothing is weighted: the run is the control, dropout included, and the teacher is kept."
@@ -360,6 +380,9 @@ FAULTS = {
     'late schedule': (dict(schedule=OneShot(after=3)), 'never due in 3 epochs'), 'schedule type': (dict(schedule='oneshot'), "schedule is 'oneshot'"),
     'part of an epoch': (dict(epochs=1.5), 'epochs is 1.5'), 'generator': (dict(train=(b for b in [train_data])), 'train is a generator'), 'mixture scored': (dict(train=MixedBatches(train, val)), 'train holds validation samples'),
     'made teacher unused': (dict(mechanism='both', schedule=Every(1, 1), make_teacher=lambda: model(9, 16)), 'make_teacher'),
+    'no round': (dict(mechanism='both', rounds=0), 'rounds is 0'), 'rounds of a student': (dict(rounds=2, make_teacher=lambda: model(9, 16)), 'rounds is 2.*leave rounds at 1'),
+    'rounds without new teachers': (dict(mechanism='both', rounds=2), 'rounds is 2.*make_teacher'), 'rounds of a schedule': (dict(mechanism='both', rounds=2, schedule=Every(1, 1)), 'rounds is 2'),
+    'rounds of sigmoid weights': (dict(mechanism='both', rounds=2, beta=1., make_teacher=lambda: model(9, 16)), "rounds is 2.*beta='calibrated'"),
     'no logits': (dict(forward=lambda m, b: m(b)), r'student returns dict; logits \(samples, classes\) are needed: give forward')}
 
 @pytest.mark.parametrize('fault', FAULTS)
