@@ -511,7 +511,7 @@ def distill(
     weights:Tensor|Callable|None=None, # instead of a mechanism: (n,) fixed weights of the training samples, in the order of plain(train), or (n + m,), then those of plain(val), used as they are; or a rule(step:Step) -> (b,)
     need:Need|str|None='auto', # weights of the classes: Need(), None, or 'auto': Need() where a mechanism has calibrated weights
     make_teacher:Callable|None=None, # makes a fresh teacher for mechanism 'both' with OneShot; None goes on from `teacher`, in place
-    rounds:int=1, # how often mechanism 'both' with OneShot trains a fresh teacher; from the second time on the one before judges again, and what its weights take from a label goes to its own opinion
+    rounds:int=1, # how often mechanism 'both' with OneShot trains a fresh teacher; from the second time on the one before judges again, and what its weights take from a label goes to its own opinion; where it doubts no label, that is all
     test:Iterable[dict]|None=None, # read once, at the end
     epochs:int=15, # passes over the data
     lr:float=.1, # peak learning rate of the one-cycle schedule
@@ -580,7 +580,7 @@ def distill(
         with clock('need'): needs = needs if needs and believed() and needs.wanted(teacher, table.every, views) else None
         for k in range(rounds if mechanism == 'both' else 0):
             if k: refresh() # the one before knows more
-            if not needs and torch.equal(table.every, torch.ones_like(table.every)): break # under uniform weights there is nothing to learn again
+            if torch.equal(table.every, torch.ones_like(table.every)) and (k or not needs): break # under uniform weights there is nothing to learn again
             mentor, views = teacher, None # it will be another
             teacher = scored = teacher if make_teacher is None else make_teacher().to(_device(student))
             if k and teacher is mentor: raise ValueError("make_teacher: gave the same network twice; make a new one in every call")

@@ -139,6 +139,16 @@ def test_second_round(teacher):
     found = torch.zeros(10_000).index_put_((shuffled.index,), shuffled.weights)[train_data['index']]
     assert found[~wrong].mean() > 2*found[wrong].mean()
 
+def test_no_second_round_without_doubts(monkeypatch):
+    "Clean labels, and classes that are short: class weights train the teacher again, and once is enough."
+    import kd_aif.distill as module
+    monkeypatch.setattr(module.ClassNeeds, 'wanted', lambda self, *args: True)
+    made = []
+    def make(): made.append(model(9, 16)); return made[-1]
+    teacher = distill(model(9, 16), None, MixedBatches(clean, val), val, **settings).student
+    run = distill(model(1), teacher, clean, val, mechanism='both', make_teacher=make, rounds=3, **settings)
+    assert torch.equal(run.weights, torch.ones(len(run.weights))) and run.teacher is made[0] and len(made) == 1
+
 def test_second_round_wants_another_teacher(teacher):
     one = model(9, 16)
     with pytest.raises(ValueError, match='same network twice'): distill(model(1), teacher, train, val, mechanism='both', make_teacher=lambda: one, rounds=2, **settings)
