@@ -566,7 +566,7 @@ def distill(
         return views
     def believed(): return table.calibration is None or table.calibration.comparable # validation samples of another kind say nothing of classes either
     def follow_need(epoch, model):
-        if needs and epoch >= needs.need.start and believed():
+        if needs and needs.due(epoch) and believed():
             with clock('need'): lookup.set_need(needs.step(model, table.every, _advised_loss(config) if model is student and teacher is not None else None))
     def train_it(name, *models, **options):
         if needs: lookup.set_need(needs.values) # the student goes on from where its teacher ended

@@ -6,6 +6,7 @@
 __all__ = ['class_need', 'reliability', 'Need', 'ClassNeeds']
 
 # %% ../nbs/08b_need.ipynb #08b-need-002
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 import numpy as np
@@ -80,19 +81,21 @@ class Need:
     per_class:int = 50 # training samples of each class that are looked at in every update
     first_look:int = 200 # of each class when it is decided, once, whether class weights have anything to do
     significance:float = .01 # class weights rest unless the two halves agree at this level
+    share:float = .25 # samples that may be looked at in an epoch, as a share of those that train; where an update looks at more, there is one every second epoch (third, …), so many times as large
     def __post_init__(self):
-        check_positive('eta', self.eta); check_fraction('significance', self.significance)
+        check_positive('eta', self.eta); check_fraction('significance', self.significance); check_positive('share', self.share)
         if self.per_class < 2: raise ValueError(f"per_class is {self.per_class}; give 2 or more training samples of each class, one for each half")
         if self.start < 0: raise ValueError(f"start is {self.start}; give an epoch from 0")
 
     def update(self,
         v:Tensor, # (C,) class weights
-        halves:Tensor # (2, C) what `class_need` returned
+        halves:Tensor, # (2, C) what `class_need` returned
+        times:int=1 # so many steps in one
     )->Tensor: # (C,) new class weights, not scaled
         "One exponentiated-gradient step, damped by the reliability"
         g = halves.double().mean(0)
         if not (r := reliability(halves, self.significance)): return v
-        return v*(self.eta*r*(g - g.mean())/g.std()).exp()
+        return v*(times*self.eta*r*(g - g.mean())/g.std()).exp()
 
 # %% ../nbs/08b_need.ipynb #08b-need-014
 _AT_ONCE = 512 # samples in a batch that is only looked at: a few rows of each of many batches would keep a GPU waiting
@@ -111,13 +114,20 @@ class ClassNeeds:
         train_on_val:bool=True, # whether the held-out samples train too, with their class's weight
         seed:int=0 # of the choice of samples and the halves
     ):
-        self.need, self.val, self.loss, self.forward, self.seed, self._every = need, merged([dict(b) for b in val], _AT_ONCE), loss, forward, seed, train
+        self.need, self.val, self.loss, self.forward, self.seed, self._all = need, merged([dict(b) for b in val], _AT_ONCE), loss, forward, seed, train
         y = torch.cat([b['y'].cpu() for b in train])
         order = torch.randperm(len(y), generator=generator(seed, 'need'))
         self.rows = torch.cat([order[y[order] == c][:need.per_class] for c in range(n_classes)]).sort().values
         self.labels = y, torch.cat([b['y'].cpu() for b in self.val]) if train_on_val else y[:0]
         self.values = torch.ones(n_classes, dtype=torch.float64) # no class weights yet
         self.train = chosen_batches(train, torch.zeros(len(y), dtype=torch.bool).index_fill(0, self.rows, True), _AT_ONCE)
+        self.every = math.ceil((len(self.rows) + len(_indices(self.val)))/(need.share*(len(y) + len(self.labels[1])))) # epochs from one update to the next
+
+    def due(self,
+        epoch:int # number of the epoch, from 0
+    )->bool: # whether there is an update before it
+        "From `need.start` on, in every epoch or so seldom that no more samples are looked at than `need.share` allows"
+        return epoch >= self.need.start and (epoch - self.need.start) % self.every == 0
 
     def _mass(self, weights):
         "[(C,), (C,)] sum of the weights of each class's training and validation samples"
@@ -153,7 +163,7 @@ class ClassNeeds:
     )->bool: # whether class weights have anything to do
         "Do both halves agree that it is short of some classes? Looks at `first_look` samples of each"
         need = replace(self.need, per_class=max(self.need.per_class, self.need.first_look))
-        closer = ClassNeeds(need, self._every, self.val, len(self.values), self.loss, self.forward, len(self.labels[1]) > 0, self.seed)
+        closer = ClassNeeds(need, self._all, self.val, len(self.values), self.loss, self.forward, len(self.labels[1]) > 0, self.seed)
         if views: views = views[0].at(_indices(closer.train)).under(self.loss, closer.train, _MOST), views[1].at(_indices(self.val))
         return reliability(closer.measure(model, weights, views=views), self.need.significance) > 0
 
@@ -163,7 +173,7 @@ class ClassNeeds:
         teacher_loss:Callable|None=None # see `measure`
     )->Tensor: # (C,) new class weights, of mean one over all samples that train
         "One update"
-        v = self.need.update(self.values, self.measure(model, weights, teacher_loss))
+        v = self.need.update(self.values, self.measure(model, weights, teacher_loss), self.every)
         count = sum(self._mass(weights))
         self.values = v*count.sum()/(v*count).sum()
         return self.values

@@ -115,7 +115,21 @@ def test_a_class_without_training_samples_changes_nothing_else():
     halves = needs.measure(fitted(tail), torch.ones(len(data['y'])))
     assert torch.isfinite(halves).all() and (halves[:, 4] == 0).all() and torch.isfinite(needs.step(fitted(tail), torch.ones(len(data['y'])))).all()
 
-@pytest.mark.parametrize('kwargs, message', [(dict(eta=-1), 'eta'), (dict(significance=2.), 'significance'), (dict(per_class=1), 'per_class is 1'), (dict(start=-1), 'start is -1')])
+@pytest.mark.parametrize('train_on_val', [True, False])
+@pytest.mark.parametrize('share', [.1, .25, .6, 2.])
+def test_no_more_is_looked_at_than_is_allowed(share, train_on_val):
+    "Updates become rare, not small: as many samples per epoch as allowed, and so many steps in one."
+    needs = ClassNeeds(Need(share=share, per_class=20), batches(tail), batches(val), C, train_on_val=train_on_val)
+    looked, trains = len(needs.rows) + len(val['y']), len(tail['y']) + train_on_val*len(val['y'])
+    assert looked/needs.every <= share*trains < looked/(needs.every - 1 or .5*looked/(share*trains))
+    assert [epoch for epoch in range(30) if needs.due(epoch)] == list(range(2, 30, needs.every))
+    each = ClassNeeds(Need(share=100., per_class=20), batches(tail), batches(val), C, train_on_val=train_on_val)
+    model, ones = fitted(tail), torch.ones(len(tail['y']))
+    halves = each.measure(model, ones)
+    assert each.every == 1 and torch.equal(halves, needs.measure(model, ones))
+    assert torch.allclose(needs.step(model, ones).log().diff(), needs.every*each.step(model, ones).log().diff())
+
+@pytest.mark.parametrize('kwargs, message', [(dict(eta=-1), 'eta'), (dict(significance=2.), 'significance'), (dict(per_class=1), 'per_class is 1'), (dict(start=-1), 'start is -1'), (dict(share=0.), 'share is 0')])
 def test_mistakes_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message): Need(**kwargs)
 
