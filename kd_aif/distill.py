@@ -509,7 +509,7 @@ def distill(
     schedule=OneShot(), # OneShot(), Every(k, start) or Online(start): when to score
     train_on_val:bool=True, # with a mechanism or weights: validation samples train too, with the weight of a sample that is surely good (of one, unless the weights are calibrated)
     weights:Tensor|Callable|None=None, # instead of a mechanism: (n,) fixed weights of the training samples, in the order of plain(train), or (n + m,), then those of plain(val), used as they are; or a rule(step:Step) -> (b,)
-    need:Need|str|None='auto', # weights of the classes: Need(), None, or 'auto': Need() where a mechanism has calibrated weights
+    need:Need|str|None='auto', # weights of the classes: Need(), None, or 'auto': Need() where a mechanism has calibrated weights, for 'student' with share=.25, since it is to be cheap
     make_teacher:Callable|None=None, # makes a fresh teacher for mechanism 'both' with OneShot; None goes on from `teacher`, in place
     rounds:int=1, # how often mechanism 'both' with OneShot trains a fresh teacher; from the second time on the one before judges again, and what its weights take from a label goes to its own opinion; where it doubts no label, that is all
     test:Iterable[dict]|None=None, # read once, at the end
@@ -539,7 +539,7 @@ def distill(
     Raises `ValueError`/`TypeError` before any training for bad data, mismatched classes, settings out of range or weights of the wrong length."""
     config = dict(mechanism=mechanism, schedule=schedule, train_on_val=train_on_val, rounds=rounds, epochs=epochs, lr=lr, T=T, alpha=alpha, beta=beta, transform=transform,
         score=score or ('mean+loss' if beta == 'calibrated' else 'mean'), update=update, folds=folds, borrow=borrow, solver=solver, last_layer=last_layer,
-        need=(Need() if mechanism and beta == 'calibrated' else None) if need == 'auto' else need, loss=loss, extra=extra, autocast=autocast, compile=compile, cache_teacher=cache_teacher, seed=seed)
+        need=(Need(share=.25 if mechanism == 'student' else 1.) if mechanism and beta == 'calibrated' else None) if need == 'auto' else need, loss=loss, extra=extra, autocast=autocast, compile=compile, cache_teacher=cache_teacher, seed=seed)
     index, held_out, val_index, val_y = _check_settings(student, teacher, train, val, test, weights, make_teacher, forward, config)
     joined = train_on_val and (mechanism or weights is not None)
     table, clock, found, history = SampleWeights(len(index), transform, beta, update, good_labels=val_y if joined else None, borrow=borrow), Stopwatch(), [], []

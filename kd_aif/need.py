@@ -81,7 +81,7 @@ class Need:
     per_class:int = 50 # training samples of each class that are looked at in every update
     first_look:int = 200 # of each class when it is decided, once, whether class weights have anything to do
     significance:float = .01 # class weights rest unless the two halves agree at this level
-    share:float = .25 # samples that may be looked at in an epoch, as a share of those that train; where an update looks at more, there is one every second epoch (third, …), so many times as large
+    share:float = 1. # samples that may be looked at in an epoch, as a share of those that train; where an update looks at more, there is one every second epoch (third, …), so many times as large
     def __post_init__(self):
         check_positive('eta', self.eta); check_fraction('significance', self.significance); check_positive('share', self.share)
         if self.per_class < 2: raise ValueError(f"per_class is {self.per_class}; give 2 or more training samples of each class, one for each half")
