@@ -579,7 +579,7 @@ def distill(
         views = refresh()
         with clock('need'): needs = needs if needs and believed() and needs.wanted(teacher, table.every, views) else None
         for k in range(rounds if mechanism == 'both' else 0):
-            if k: refresh() # the one before knows more
+            if k: refresh() # by the one that was trained again
             if torch.equal(table.every, torch.ones_like(table.every)) and (k or not needs): break # under uniform weights there is nothing to learn again
             mentor, views = teacher, None # it will be another
             teacher = scored = teacher if make_teacher is None else make_teacher().to(_device(student))

@@ -138,6 +138,8 @@ def test_second_round(teacher):
     shuffled = trained_again(2, Loader(train_data, shuffle=True))
     found = torch.zeros(10_000).index_put_((shuffled.index,), shuffled.weights)[train_data['index']]
     assert found[~wrong].mean() > 2*found[wrong].mean()
+    alone = trained_again(2, train_on_val=False)
+    assert alone.val_weights.shape == (0,) and alone.weights[~wrong].mean() > 2*alone.weights[wrong].mean()
 
 def test_no_second_round_without_doubts(monkeypatch):
     "Clean labels, and classes that are short: class weights train the teacher again, and once is enough."
