@@ -21,6 +21,7 @@ def places(tmp_path, monkeypatch):
     monkeypatch.delenv('KD_AIF_DATA', raising=False)
     (tmp_path/'work').mkdir(); monkeypatch.chdir(tmp_path/'work')
     threads = torch.get_num_threads()
+    torch.set_num_threads(1) # as in the child processes that are killed: another number rounds in another way on some machines
     yield
     torch.set_num_threads(threads)
 
@@ -100,7 +101,7 @@ def test_interrupted_run_leaves_whole_records_and_goes_on_from_there(tmp_path, c
     assert 0 < len(records) < 200 and len(files('results')) == len(records), files('results')
     code, out, err = console('kd_aif_run', *short, '--method', 'ce')
     assert code == 0 and out.count('already there') == 1
-    settings = 'kd_aif_run', '--dataset', 'digits', '--method', 'ce', '--epochs', 1, '--threads', 1, '--seeds', len(records) + 1 # as many threads as the child had: another number rounds in another way
+    settings = 'kd_aif_run', '--dataset', 'digits', '--method', 'ce', '--epochs', 1, '--seeds', len(records) + 1
     assert console(*settings, '--out', 'results')[0] == 0 and console(*settings, '--out', 'whole')[0] == 0
     accuracies = [{r.seed: r.metrics['test_accuracy'] for r in load_records(folder)} for folder in ('results', 'whole')]
     assert len(accuracies[1]) == len(records) + 1 and accuracies[0] == accuracies[1], 'it ends with the same numbers'

@@ -510,7 +510,7 @@ def test_class_weights_multiply_and_validation_samples_have_them_too(trained):
     "Need is asked for in every epoch from its start; with weights of its own it works without a mechanism"
     seen = []
     class Watched(Need):
-        def update(self, v, halves): seen.append(halves.shape); return torch.tensor([2., 1., 1.], dtype=torch.float64)*v
+        def update(self, v, halves, times): seen.append(halves.shape); return torch.tensor([2., 1., 1.], dtype=torch.float64)*v
     run = distill(model(1), trained, train, val, weights=torch.ones(N), need=Watched(start=1), **settings)
     assert seen == [(2, C)]*2 and run.need[0] > 3.9*run.need[1] and run.need.shape == (C,)
     counts = torch.bincount(torch.cat([train_data['y'], val_data['y']]), minlength=C)
