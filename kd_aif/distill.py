@@ -262,7 +262,8 @@ class _WeightTable:
         self.find = _Places(index, held_out, device)
         self.order, self.strange = self.find.order, torch.tensor(False, device=device)
         self.set(values); self.set_need(None)
-    def set(self, values): self.values = values.float().to(self.order.device)[self.order]
+    def arranged(self, values): return values.float().to(self.order.device)[self.order]
+    def set(self, values): self.values = self.arranged(values)
     def by_sample(self): return self.values[self.order.argsort()].cpu()
     def set_need(self, need): self.need = None if need is None else need.float().to(self.order.device)
     def places(self, batch):
@@ -273,9 +274,12 @@ class _WeightTable:
     def check(self):
         "Once an epoch"
         if self.strange: raise ValueError("train: an index that the first pass over the batches did not show; every pass must have the same samples (no drop_last)")
+    def read(self, arranged, batch):
+        "(b,) values of the samples of a batch, out of `arranged` ones; one for those that are not in the table"
+        place, known = self.places(batch)
+        return torch.where(known, arranged[place], 1.)
     def __call__(self, step):
-        place, known = self.places(step.batch)
-        w = torch.where(known, self.values[place], 1.)
+        w = self.read(self.values, step.batch)
         return w if self.need is None else w*self.need[step.batch['y']]
 
 # %% ../nbs/09_distill.ipynb #09-distill-024
@@ -608,12 +612,9 @@ def distill(
 # %% ../nbs/09_distill.ipynb #964e1c8b
 def _with_opinion(loss, lookup, table, mentor, forward):
     "loss(logits, batch) -> (b,): p of the given label's loss, 1 − p of the cross-entropy with what the mentor takes the sample for; p is the probability that the label is good"
-    p = torch.ones_like(table.every)
-    if table.calibration: p[:table.n] = table.calibration.probability
-    p = p.to(lookup.order.device)[lookup.order]
+    p = lookup.arranged(torch.cat([table.calibration.probability, torch.ones(len(table.every) - table.n)])) # validation samples are good
     def mixed(logits, batch):
-        place, known = lookup.places(batch)
-        good = torch.where(known, p[place], 1.)
+        good = lookup.read(p, batch)
         with torch.no_grad(): opinion = forward(mentor, batch).softmax(1)
         return good*loss(logits, batch) - (1 - good)*(opinion*logits.log_softmax(1)).sum(1)
     return mixed
