@@ -1,0 +1,229 @@
+"Small settings of every training procedure, whose results are kept to the last bit in golden.json"
+import hashlib
+
+import torch
+
+from kd_aif.baselines import MetaWeightNet
+from kd_aif.crossfit import distill_ssl
+from kd_aif.data import ImageBatches, asymmetric_noise, augmentation_for, hold_out, load_images, long_tail, subset, symmetric_noise
+from kd_aif.distill import Every, Extra, MixedBatches, OneShot, Online, default_outputs, distill, out_of_fold_weights
+from kd_aif.feature_losses import make_feature_loss
+from kd_aif.influence import cross_scores, influence_scores
+from kd_aif.losses import batch_cross_entropy
+from kd_aif.models import build_model
+from kd_aif.need import Need
+from kd_aif.online import DeepMutualLearning
+from kd_aif.semisup import SSL_RULES, labelled_split, train_ssl
+from kd_aif.solvers import CG, EKFAC, Diagonal, Woodbury
+from kd_aif.weights import EMA, Multiplicative
+
+
+def digits(n=500):
+    return subset(load_images('digits'), n, 0)
+
+
+def noisy():
+    train, val = hold_out(digits(), 150, 0)
+    return symmetric_noise(train, 0.4, 0), val
+
+
+def asymmetric():
+    train, val = hold_out(subset(load_images('digits'), 900, 0), 200, 0)
+    return asymmetric_noise(train, 0.4, 0), val
+
+
+def tailed():
+    train, val = hold_out(load_images('digits'), 200, 0)
+    return long_tail(train, 30, 0), val
+
+
+def loader(data, augment=True):
+    return ImageBatches(data, 64, augmentation_for('digits') if augment else None, seed=0)
+
+
+def network(name, seed):
+    return build_model(name, 10, 1, seed=seed)
+
+
+_teachers = {}
+
+
+def teacher(make_data):
+    "A teacher that was trained on training and validation samples; a new copy each time"
+    if make_data not in _teachers:
+        train, val = map(loader, make_data())
+        model = network('cnn16', 7)
+        distill(model, None, MixedBatches(train, val, 0), val, epochs=5, lr=0.1, seed=0, progress=False)
+        _teachers[make_data] = {k: v.clone() for k, v in model.state_dict().items()}
+    model = network('cnn16', 0)
+    model.load_state_dict(_teachers[make_data])
+    return model
+
+
+def sha(*tensors):
+    "The first 16 digits of a hash of the bytes of all tensors"
+    h = hashlib.sha256()
+    for t in tensors:
+        t = t.detach().cpu().contiguous()
+        h.update(str((t.dtype, tuple(t.shape))).encode())
+        h.update(t.view(torch.uint8).numpy().tobytes() if t.ndim else t.reshape(1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def state_sha(model):
+    return None if model is None else sha(*model.parameters(), *model.buffers())
+
+
+def of_run(run):
+    "What is kept of a `distill` run"
+    scores = None if run.scores is None else sha(run.scores.values.float())
+    return dict(
+        student=state_sha(run.student), teacher=state_sha(run.teacher), weights=sha(run.weights),
+        val_weights=sha(run.val_weights), class_weights=None if run.need is None else sha(run.need.double()),
+        scores=scores, metrics=run.metrics, history=run.history)
+
+
+def run(data=noisy, with_teacher=True, join=False, augment=True, make_loss=None, make_weights=None, **options):
+    "One `distill` run on digits"
+    train_set, val_set = data()
+    train, val = loader(train_set, augment), loader(val_set, augment)
+    test = ImageBatches(subset(load_images('digits', 'test'), 150, 0), 150, shuffle=False)
+    t = teacher(data) if with_teacher else None
+    student = network('cnn8', 1)
+    if make_weights:
+        options['weights'] = make_weights(train, val, train_set, val_set)
+    if make_loss:
+        options['extra'] = make_loss(student, t, train)
+    options = dict(epochs=4, lr=0.1, alpha=0.5, seed=0, progress=False) | options
+    return of_run(distill(student, t, MixedBatches(train, val, 0) if join else train, val, test=test, **options))
+
+
+def fixed(train, val, train_set, val_set):
+    return torch.linspace(0.5, 1.5, len(train_set))
+
+
+def fixed_all(train, val, train_set, val_set):
+    return torch.linspace(0.5, 1.5, len(train_set) + len(val_set))
+
+
+def ones(train, val, train_set, val_set):
+    return torch.ones(len(train_set))
+
+
+def meta(train, val, train_set, val_set):
+    return MetaWeightNet(val, seed=0)
+
+
+def attention(student, t, train):
+    first = next(iter(train.plain()))
+    with torch.no_grad():
+        examples = [default_outputs(m.eval(), first) for m in (student, t)]
+    return Extra(make_feature_loss('at', *examples, seed=0), 10.0)
+
+
+def mutual(student, t, train):
+    return Extra(DeepMutualLearning([network('cnn8', 2)]))
+
+
+def fresh():
+    return network('cnn16', 3)
+
+
+def out_of_fold():
+    train_set, val_set = noisy()
+    train, val = loader(train_set), loader(val_set)
+
+    def fit(batches):
+        return distill(network('cnn8', 4), None, batches, val, epochs=3, lr=0.1, progress=False).student
+
+    found = out_of_fold_weights(fit, train, val, progress=False)
+    return dict(weights=sha(found.values), metrics=dict(clean_fraction=found.clean_fraction, p_value=found.p_value))
+
+
+def scores(solver, **options):
+    train_set, val_set = noisy()
+    train, val = loader(train_set).plain(), loader(val_set).plain()
+    found = influence_scores(teacher(noisy), batch_cross_entropy, train, val, solver, progress=False, **options)
+    return dict(scores=sha(found.values), metrics=dict(mean=float(found.values.mean()), std=float(found.values.std())))
+
+
+def crossed(**options):
+    train_set, val_set = noisy()
+    train, val = loader(train_set).plain(), loader(val_set).plain()
+    found = cross_scores(teacher(noisy), batch_cross_entropy, train, val, progress=False, **options)
+    return dict(scores=sha(found.values, *found.reference), metrics=dict(mean=float(found.values.mean())))
+
+
+def of_ssl(run):
+    "What is kept of a semi-supervised run"
+    return dict(student=state_sha(run.student), average=state_sha(run.average), state=state_sha(run.state),
+                metrics=run.metrics, history=run.history)
+
+
+def few(name='', teacher_too=False, **options):
+    "One semi-supervised run on digits with 40 labels"
+    labelled, unlabelled, truth = labelled_split(digits(600), 40 if not teacher_too else 80, 0)
+    test = subset(load_images('digits', 'test'), 150, 0)
+    options = dict(steps=24, batch_size=20, ratio=2, lr=0.1, ema=0.95, every=8, seed=0, progress=False, test=test) | options
+    if teacher_too:
+        return of_ssl(distill_ssl(network('cnn8', 1), None, labelled, unlabelled, **options))
+    rule = SSL_RULES[name](truth) if name == 'supervised_all' else SSL_RULES[name]()
+    return of_ssl(train_ssl(network('cnn8', 1), rule, labelled, unlabelled, **options))
+
+
+def half(step, terms):
+    return torch.linspace(0.0, 1.0, len(terms.unsupervised))
+
+
+CASES = dict(
+    ce=lambda: run(with_teacher=False),
+    kd=lambda: run(),
+    kd_val=lambda: run(join=True),
+    kd_cached=lambda: run(augment=False),
+    student=lambda: run(mechanism='student'),
+    student_after=lambda: run(mechanism='student', schedule=OneShot(2)),
+    student_every=lambda: run(mechanism='student', schedule=Every(1, 1)),
+    student_all_layers=lambda: run(mechanism='student', schedule=Every(2, 1), last_layer=False),
+    student_online=lambda: run(mechanism='student', schedule=Online(1), beta=1.0),
+    both=lambda: run(mechanism='both', make_teacher=fresh),
+    both_goes_on=lambda: run(mechanism='both'),
+    both_twice=lambda: run(mechanism='both', make_teacher=fresh, rounds=2),
+    joint=lambda: run(mechanism='both', schedule=Every(1, 1)),
+    teacher_first=lambda: run(mechanism='both', schedule=Every(2, 1, ahead=True)),
+    published=lambda: run(mechanism='both', schedule=Every(1, 2), beta=1.0),
+    online=lambda: run(mechanism='both', schedule=Online(1), beta=1.0),
+    sigmoid=lambda: run(mechanism='student', beta=1.0),
+    sigmoid_all_layers=lambda: run(mechanism='student', schedule=Every(1, 1), beta=2.0, last_layer=False),
+    ema=lambda: run(mechanism='student', schedule=Every(1, 1), update=EMA(0.5)),
+    multiplicative=lambda: run(mechanism='student', schedule=Every(1, 1), update=Multiplicative(0.5)),
+    tail_student=lambda: run(tailed, mechanism='student', epochs=6),
+    tail_both=lambda: run(tailed, mechanism='both', make_teacher=fresh, epochs=5),
+    tail_joint=lambda: run(tailed, mechanism='both', schedule=Every(1, 1), epochs=5),
+    asymmetric=lambda: run(asymmetric, mechanism='both', make_teacher=fresh),
+    bfloat16=lambda: run(mechanism='student', autocast=torch.bfloat16),
+    held_out=lambda: run(mechanism='student', train_on_val=False),
+    own_reference=lambda: run(mechanism='student', borrow=False, folds=3, score='local+loss'),
+    fixed_weights=lambda: run(make_weights=fixed),
+    fixed_all=lambda: run(make_weights=fixed_all),
+    fixed_alone=lambda: run(make_weights=fixed, train_on_val=False),
+    meta_weight_net=lambda: run(make_weights=meta),
+    class_weights_alone=lambda: run(tailed, make_weights=ones, need=Need()),
+    attention=lambda: run(make_loss=attention, mechanism='student'),
+    mutual=lambda: run(with_teacher=False, make_loss=mutual, join=True),
+    out_of_fold=out_of_fold,
+    scores_cg=lambda: scores(CG()),
+    scores_woodbury=lambda: scores(Woodbury()),
+    scores_ekfac=lambda: scores(EKFAC()),
+    scores_diagonal=lambda: scores(Diagonal()),
+    scores_local=lambda: scores(None, target='local', last_layer=True),
+    crossed_all_layers=lambda: crossed(last_layer=False, score='mean+loss'),
+    supervised=lambda: few('supervised'),
+    supervised_all=lambda: few('supervised_all'),
+    pseudo_label=lambda: few('pseudo_label', weights=half),
+    fixmatch=lambda: few('fixmatch'),
+    fixmatch_bfloat16=lambda: few('fixmatch', autocast=torch.bfloat16, finetune=5),
+    mean_teacher=lambda: few('mean_teacher'),
+    vat=lambda: few('vat'),
+    meta_pseudo_labels=lambda: few('mpl'),
+    kd_aif_ssl=lambda: few(teacher_too=True, steps=30, refresh=5),
+)
