@@ -1,4 +1,5 @@
 "Shared by all tests: where the repository is; figures without a window, bars off."
+
 import os
 from pathlib import Path
 
@@ -7,13 +8,17 @@ import pytest
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('TQDM_DISABLE', '1')
 
+
 @pytest.fixture(scope='session')
 def root():
     "The root of the repository."
     return Path(__file__).resolve().parents[1]
 
+
 @pytest.fixture
 def cpu(monkeypatch):
     "Tasks on the CPU, where a repeat gives the same last bit; on a GPU sums may be taken in another order."
     import torch
-    for module in ('runs', 'ssl_runs'): monkeypatch.setattr(f'kd_aif.{module}.default_device', lambda: torch.device('cpu'))
+
+    for module in ('tasks', 'ssl_methods'):
+        monkeypatch.setattr(f'kd_aif.experiments.{module}.default_device', lambda: torch.device('cpu'))

@@ -2,6 +2,7 @@
 
 Another processor or another PyTorch takes sums in another order: there the numbers are compared within tolerances.
 `python tests/test_golden.py` writes the file anew, after a change that is meant to change results."""
+
 import json
 import math
 import platform
@@ -21,7 +22,10 @@ def machine():
     "What decides the last bit: processor, its instructions, PyTorch"
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')), platform.processor())
+    model = next(
+        (line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')),
+        platform.processor(),
+    )
     return dict(processor=model, capability=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__)
 
 

@@ -1,21 +1,33 @@
 "Small settings of every training procedure, whose results are kept to the last bit in golden.json"
+
 import hashlib
 
 import torch
 
-from kd_aif.baselines import MetaWeightNet
-from kd_aif.crossfit import distill_ssl
-from kd_aif.data import ImageBatches, asymmetric_noise, augmentation_for, hold_out, load_images, long_tail, subset, symmetric_noise
-from kd_aif.distill import Every, Extra, MixedBatches, OneShot, Online, default_outputs, distill, out_of_fold_weights
-from kd_aif.feature_losses import make_feature_loss
-from kd_aif.influence import cross_scores, influence_scores
-from kd_aif.losses import batch_cross_entropy
-from kd_aif.models import build_model
-from kd_aif.need import Need
-from kd_aif.online import DeepMutualLearning
-from kd_aif.semisup import SSL_RULES, labelled_split, train_ssl
-from kd_aif.solvers import CG, EKFAC, Diagonal, Woodbury
-from kd_aif.weights import EMA, Multiplicative
+from kd_aif.rivals.meta_weights import MetaWeightNet
+from kd_aif.few_labels.cross_fitting import distill_ssl
+from kd_aif.data.augment import augmentation_for
+from kd_aif.data.images import hold_out, subset
+from kd_aif.data.label_noise import asymmetric_noise, long_tail, symmetric_noise
+from kd_aif.data.loaders import ImageBatches
+from kd_aif.data.sources import load_images
+from kd_aif.data.mixed_batches import MixedBatches
+from kd_aif.distillation.distill import distill, out_of_fold_weights
+from kd_aif.distillation.objective import Extra, default_outputs
+from kd_aif.distillation.schedules import Every, OneShot, Online
+from kd_aif.rivals.published_losses import make_feature_loss
+from kd_aif.influence.cross_scores import cross_scores
+from kd_aif.influence.scores import influence_scores
+from kd_aif.foundation.losses import batch_cross_entropy
+from kd_aif.models.build import build_model
+from kd_aif.weights.class_weights import Need
+from kd_aif.rivals.online_teachers import DeepMutualLearning
+from kd_aif.few_labels.batches import labelled_split
+from kd_aif.few_labels.catalogue import SSL_RULES
+from kd_aif.few_labels.trainer import train_ssl
+from kd_aif.influence.iterative_solvers import CG
+from kd_aif.influence.solvers import EKFAC, Diagonal, Woodbury
+from kd_aif.weights.transforms import EMA, Multiplicative
 
 
 def digits(n=500):
@@ -66,7 +78,11 @@ def sha(*tensors):
     for t in tensors:
         t = t.detach().cpu().contiguous()
         h.update(str((t.dtype, tuple(t.shape))).encode())
-        h.update(t.view(torch.uint8).numpy().tobytes() if t.ndim else t.reshape(1).view(torch.uint8).numpy().tobytes())
+        h.update(
+            t.view(torch.uint8).numpy().tobytes()
+            if t.ndim
+            else t.reshape(1).view(torch.uint8).numpy().tobytes()
+        )
     return h.hexdigest()[:16]
 
 
@@ -78,12 +94,20 @@ def of_run(run):
     "What is kept of a `distill` run"
     scores = None if run.scores is None else sha(run.scores.values.float())
     return dict(
-        student=state_sha(run.student), teacher=state_sha(run.teacher), weights=sha(run.weights),
-        val_weights=sha(run.val_weights), class_weights=None if run.need is None else sha(run.need.double()),
-        scores=scores, metrics=run.metrics, history=run.history)
+        student=state_sha(run.student),
+        teacher=state_sha(run.teacher),
+        weights=sha(run.weights),
+        val_weights=sha(run.val_weights),
+        class_weights=None if run.need is None else sha(run.need.double()),
+        scores=scores,
+        metrics=run.metrics,
+        history=run.history,
+    )
 
 
-def run(data=noisy, with_teacher=True, join=False, augment=True, make_loss=None, make_weights=None, **options):
+def run(
+    data=noisy, with_teacher=True, join=False, augment=True, make_loss=None, make_weights=None, **options
+):
     "One `distill` run on digits"
     train_set, val_set = data()
     train, val = loader(train_set, augment), loader(val_set, augment)
@@ -95,7 +119,9 @@ def run(data=noisy, with_teacher=True, join=False, augment=True, make_loss=None,
     if make_loss:
         options['extra'] = make_loss(student, t, train)
     options = dict(epochs=4, lr=0.1, alpha=0.5, seed=0, progress=False) | options
-    return of_run(distill(student, t, MixedBatches(train, val, 0) if join else train, val, test=test, **options))
+    return of_run(
+        distill(student, t, MixedBatches(train, val, 0) if join else train, val, test=test, **options)
+    )
 
 
 def fixed(train, val, train_set, val_set):
@@ -137,14 +163,20 @@ def out_of_fold():
         return distill(network('cnn8', 4), None, batches, val, epochs=3, lr=0.1, progress=False).student
 
     found = out_of_fold_weights(fit, train, val, progress=False)
-    return dict(weights=sha(found.values), metrics=dict(clean_fraction=found.clean_fraction, p_value=found.p_value))
+    return dict(
+        weights=sha(found.values), metrics=dict(clean_fraction=found.clean_fraction, p_value=found.p_value)
+    )
 
 
 def scores(solver, **options):
     train_set, val_set = noisy()
     train, val = loader(train_set).plain(), loader(val_set).plain()
-    found = influence_scores(teacher(noisy), batch_cross_entropy, train, val, solver, progress=False, **options)
-    return dict(scores=sha(found.values), metrics=dict(mean=float(found.values.mean()), std=float(found.values.std())))
+    found = influence_scores(
+        teacher(noisy), batch_cross_entropy, train, val, solver, progress=False, **options
+    )
+    return dict(
+        scores=sha(found.values), metrics=dict(mean=float(found.values.mean()), std=float(found.values.std()))
+    )
 
 
 def crossed(**options):
@@ -156,15 +188,23 @@ def crossed(**options):
 
 def of_ssl(run):
     "What is kept of a semi-supervised run"
-    return dict(student=state_sha(run.student), average=state_sha(run.average), state=state_sha(run.state),
-                metrics=run.metrics, history=run.history)
+    return dict(
+        student=state_sha(run.student),
+        average=state_sha(run.average),
+        state=state_sha(run.state),
+        metrics=run.metrics,
+        history=run.history,
+    )
 
 
 def few(name='', teacher_too=False, **options):
     "One semi-supervised run on digits with 40 labels"
     labelled, unlabelled, truth = labelled_split(digits(600), 40 if not teacher_too else 80, 0)
     test = subset(load_images('digits', 'test'), 150, 0)
-    options = dict(steps=24, batch_size=20, ratio=2, lr=0.1, ema=0.95, every=8, seed=0, progress=False, test=test) | options
+    options = (
+        dict(steps=24, batch_size=20, ratio=2, lr=0.1, ema=0.95, every=8, seed=0, progress=False, test=test)
+        | options
+    )
     if teacher_too:
         return of_ssl(distill_ssl(network('cnn8', 1), None, labelled, unlabelled, **options))
     rule = SSL_RULES[name](truth) if name == 'supervised_all' else SSL_RULES[name]()

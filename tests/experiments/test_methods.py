@@ -1,0 +1,179 @@
+"Every method on one small task: it runs, records what it should, knows its own record, and rivals use what they claim to use."
+
+import importlib.util
+import pytest, torch
+from kd_aif.data.label_noise import symmetric_noise
+from kd_aif.reporting.methods import METHODS
+from kd_aif.reporting.records import load_records
+from kd_aif.experiments.methods import RUNNERS, _Context, run_task
+from kd_aif.experiments.tasks import describe_data, make_task, second_opinion, task_data, trained_teacher
+
+SHORT = dict(noise='symmetric', rate=0.3, epochs=5)
+cleanlab = pytest.mark.skipif(importlib.util.find_spec('cleanlab') is None, reason='cleanlab is an extra')
+
+
+@pytest.fixture(scope='module')
+def teachers(tmp_path_factory):
+    return tmp_path_factory.mktemp('teachers')
+
+
+def run(method, teachers, out=None, **changes):
+    return run_task(
+        make_task('digits', **SHORT | changes), method, 'test', out, teachers=teachers, progress=False
+    )
+
+
+@pytest.mark.parametrize(
+    'method',
+    [
+        pytest.param(m, marks=cleanlab) if m == 'confident_learning' else m
+        for m in RUNNERS
+        if not m.endswith(('_aif', '_train'))
+        or m in ('sp_train', 'crd_aif', 'dkd_aif', 'dist_aif', 'bdkd_aif', 'pesf_aif')
+    ],
+)
+def test_every_method_runs_and_is_recorded(method, teachers, tmp_path):
+    record, found = run(method, teachers, tmp_path)
+    chance = (
+        0.15 if method in ('at', 'nst') else 0.5
+    )  # whose weights let the labels speak only after longer training
+    assert (
+        record.metrics['test_accuracy'] > chance
+        and found.metrics['test_accuracy'] == record.metrics['test_accuracy']
+    )
+    assert (
+        record.seconds['student'] > 0
+        and method in METHODS
+        and (method in ('ce', 'one', 'okddip')) == (record.teacher == '')
+    )
+    assert run(method, teachers, tmp_path) == (record, None) and load_records(tmp_path) == [record], (
+        'it knows its own record'
+    )
+    if method in ('kd_aif_student', 'kd_aif_both'):
+        m = record.metrics
+        assert (
+            sum(map(sum, m['probability_histogram'].values())) == 997
+            and abs(m['true_clean_fraction'] - 0.73) < 0.02
+            and len(m['clean_fractions']) == 10
+        )
+
+
+def test_a_teacher_from_the_file_teaches_what_it_did_when_it_was_new(cpu, tmp_path):
+    "Looking at its shapes does not touch its running statistics"
+    first, again = (run('sp', tmp_path, epochs=2)[0] for _ in range(2))
+    assert (
+        first.metrics['test_accuracy'] == again.metrics['test_accuracy']
+        and first.metrics['teacher_test_accuracy'] == again.metrics['teacher_test_accuracy']
+    )
+
+
+def test_the_assistant_has_an_accuracy_of_its_own(teachers):
+    record, found = run('takd', teachers)
+    plain, _ = run('kd_val', teachers)
+    m = record.metrics
+    assert m['teacher_test_accuracy'] == plain.metrics['teacher_test_accuracy'] and m[
+        'assistant_test_accuracy'
+    ] not in (m['teacher_test_accuracy'], m['test_accuracy'])
+    assert {'teacher', 'assistant', 'student'} <= set(record.seconds) and found.teacher[
+        -1
+    ].in_features == 48, 'cnn12'
+
+
+def test_a_pair_without_an_assistant_is_named_before_anything_is_trained(tmp_path):
+    with pytest.raises(ValueError, match='ASSISTANTS'):
+        run('takd', tmp_path, teacher='mlp16')
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_oracle_gives_wrong_labels_nothing_and_random_weights_the_same_histogram(teachers):
+    _, oracle = run('oracle_student', teachers)
+    c = _Context(
+        make_task('digits', **SHORT),
+        *task_data(make_task('digits', **SHORT), progress=False),
+        teachers,
+        False,
+    )
+    wrong, every = c.train.wrong.cpu(), torch.cat([oracle.weights, oracle.val_weights])
+    assert (oracle.weights[wrong] == 0).all() and torch.isclose(every.mean(), torch.tensor(1.0))
+    for k in range(10):
+        assert torch.allclose(
+            oracle.val_weights[c.val.y.cpu() == k], oracle.weights[(c.y == k) & ~wrong].max()
+        ), 'good is good, wherever it comes from'
+    _, random = run('random_student', teachers)
+    every = torch.cat([random.weights, random.val_weights])
+    assert torch.equal(every.sort().values, c.quality.sort().values) and not torch.equal(every, c.quality)
+    found = {wrong: c.half_known(wrong) for wrong in (True, False)}
+    assert (found[True][: len(wrong)][wrong] == 0).all() and (found[False][: len(wrong)][wrong] > 0).any()
+    for k in range(10):
+        rows, right = c.every_y == k, (c.every_y == k) & ~c.every_wrong
+        assert (
+            found[False][right].std() < 1e-6
+            and torch.allclose(
+                found[True][right] / c.quality[right], (found[True][right] / c.quality[right])[:1]
+            )
+            and all(torch.isclose(w[rows].mean(), torch.tensor(1.0)) for w in found.values())
+        )
+    _, alone = run('val_alone_student', teachers)
+    assert (
+        torch.equal(alone.val_weights, c.quality[len(c.y) :])
+        and all(alone.weights[c.y == k].std() < 1e-6 for k in range(10))
+        and alone.val_weights.min() > alone.weights.max()
+    )
+
+
+def test_class_weights_of_rivals_have_mean_one_over_everything_that_trains(teachers):
+    task = make_task('digits', imbalance=10.0, epochs=5)
+    c = _Context(task, *task_data(task, progress=False), teachers, False)
+    from kd_aif.rivals.fixed_weights import inverse_frequency
+
+    v = c.class_weights(inverse_frequency)
+    assert torch.isclose((v * c.counts).sum() / c.counts.sum(), torch.tensor(1.0)) and torch.allclose(
+        v * c.counts, (v * c.counts)[0]
+    )
+
+
+def test_instance_noise_follows_a_small_network():
+    "The same every time; wrong labels are its second choices"
+    task = make_task('digits', noise='instance', rate=0.3)
+    train, again, clean = (
+        task_data(t, progress=False)[0].to('cpu') for t in (task, task, make_task('digits'))
+    )
+    p = second_opinion(task, clean)
+    assert torch.equal(train.y, again.y) and train.wrong.sum() == round(0.3 * len(train))
+    p[torch.arange(len(p)), clean.y] = -1
+    assert torch.equal(train.y[train.wrong], p.argmax(1)[train.wrong])
+
+
+def test_disturbed_validation_sets_touch_nothing_else():
+    plain, wrong, shifted = (
+        task_data(make_task('digits', **kw), progress=False)
+        for kw in (dict(), dict(val_rate=0.2), dict(val_shift=1.0))
+    )
+    assert plain[0].fingerprint == wrong[0].fingerprint == shifted[0].fingerprint and not wrong[0].wrong.any()
+    assert (
+        wrong[1].wrong.any()
+        and not torch.equal(plain[1].x, shifted[1].x)
+        and torch.equal(plain[1].y, shifted[1].y)
+    )
+    described = describe_data(make_task('digits', val_shift=1.0), *shifted)
+    assert described['val_shift'] == 1.0 and 'val_rate' not in described
+
+
+def test_precision_is_part_of_the_identity(teachers, tmp_path):
+    a, _ = run('kd_val', teachers, tmp_path)
+    b, other = run('kd_val', teachers, tmp_path, precision='bfloat16')
+    assert other is not None and a.key != b.key
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(precision='int4'), 'precision'),
+        (dict(val_rate=2.0), 'val_rate'),
+        (dict(val_shift=-1.0), 'val_shift'),
+        (dict(noise='adversarial', rate=0.1), 'noise'),
+    ],
+)
+def test_mistakes_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_task('digits', **kwargs)

@@ -1,0 +1,168 @@
+"""How the code reads, measured over notebooks and modules; there is no list of exceptions."""
+
+import ast
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE, NBS = ROOT / 'kd_aif', ROOT / 'nbs'
+MODULES = sorted(p for p in PACKAGE.rglob('*.py') if not p.name.startswith('_'))
+NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+LINE, FUNCTION, PARAMETERS, COMPLEXITY, CELL, MEDIAN_CELL = 120, 50, 10, 15, 25, 10
+SHORTEST_MODULE, LONGEST_MODULE = 20, 400
+COMPREHENSIONS = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
+EXPORT = re.compile(r'^#\|\s*exporti?\b', re.MULTILINE)
+
+module = pytest.mark.parametrize('path', MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(NBS).as_posix())
+
+
+def cells(path):
+    "[(kind, source)] of a notebook"
+    return [
+        (c['cell_type'], ''.join(c['source'])) for c in json.loads(path.read_text(encoding='utf-8'))['cells']
+    ]
+
+
+def code_cells(path):
+    "The code cells, lines of magic commands blanked"
+    return [
+        re.sub(r'^\s*[%!].*$', 'pass', s, flags=re.MULTILINE) for kind, s in cells(path) if kind == 'code'
+    ]
+
+
+def export_cells(path):
+    return [s for s in code_cells(path) if EXPORT.search(s)]
+
+
+def long_lines(source):
+    return [f'{len(line)} characters: {line}' for line in source.splitlines() if len(line) > LINE]
+
+
+def shared_lines(source):
+    "Statements that share a line with another statement, or with the header of their block"
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        for field in ('body', 'orelse', 'finalbody', 'handlers'):
+            block = getattr(node, field, None)
+            if not isinstance(block, list) or not block:
+                continue
+            starts = [n.lineno for n in block]
+            header = getattr(node, 'lineno', 0) if field == 'body' and not isinstance(node, ast.Module) else 0
+            if len(set(starts)) < len(starts) or starts[0] == header:
+                found.append(f'line {starts[0]}: {ast.unparse(block[0])[:60]}')
+    return found
+
+
+def nested_comprehensions(source):
+    "Comprehensions that stand inside another one"
+    outer = [n for n in ast.walk(ast.parse(source)) if isinstance(n, COMPREHENSIONS)]
+    inside = [i for n in outer for i in ast.walk(n) if i is not n and isinstance(i, COMPREHENSIONS)]
+    return [f'line {n.lineno}: {ast.unparse(n)[:80]}' for n in inside]
+
+
+def star_imports(source):
+    imports = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)]
+    return [
+        f'line {n.lineno}: from {n.module} import *' for n in imports if any(a.name == '*' for a in n.names)
+    ]
+
+
+def functions(source):
+    return [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def parameters(function):
+    "How many parameters a caller sees"
+    a = function.args
+    named = [*a.posonlyargs, *a.args, *a.kwonlyargs]
+    bound = [n for n in named[:1] if n.arg in ('self', 'cls')]
+    return len(named) - len(bound) + (a.vararg is not None) + (a.kwarg is not None)
+
+
+def complexity(function):
+    "McCabe's number: one, and one for each branch, loop, condition and boolean operand"
+    count = 1
+    for node in ast.walk(function):
+        if isinstance(
+            node, (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.Assert, ast.match_case)
+        ):
+            count += 1
+        elif isinstance(node, ast.BoolOp):
+            count += len(node.values) - 1
+        elif isinstance(node, ast.comprehension):
+            count += 1 + len(node.ifs)
+    return count
+
+
+def cell_length(source):
+    "Lines of an export cell, directives left out"
+    return len(re.sub(r'^#\|.*\n?', '', source, flags=re.MULTILINE).strip('\n').splitlines())
+
+
+def faults(sources):
+    "What the rules for all code find in some sources"
+    rules = long_lines, shared_lines, nested_comprehensions, star_imports
+    return [found for source in sources for rule in rules for found in rule(source)]
+
+
+@module
+def test_lines_and_statements_of_modules(path):
+    body = re.sub(r"\n__all__ = \[.*?\]\n", '\n', path.read_text(encoding='utf-8'), flags=re.DOTALL)
+    assert not (found := faults([body])), '\n'.join(found)
+
+
+@notebook
+def test_lines_and_statements_of_notebooks(path):
+    assert not (found := faults(code_cells(path))), '\n'.join(found)
+
+
+@module
+def test_functions_are_short_and_simple(path):
+    found = []
+    for f in functions(path.read_text(encoding='utf-8')):
+        length = f.end_lineno - f.lineno + 1
+        if length > FUNCTION or parameters(f) > PARAMETERS or complexity(f) > COMPLEXITY:
+            found.append(f'{f.name}: {length} lines, {parameters(f)} parameters, complexity {complexity(f)}')
+    assert not found, '\n'.join(found)
+
+
+@module
+def test_modules_are_one_idea_long(path):
+    length = len(path.read_text(encoding='utf-8').splitlines())
+    assert SHORTEST_MODULE <= length <= LONGEST_MODULE, f'{length} lines'
+
+
+@notebook
+def test_export_cells_are_short(path):
+    long = [
+        f'{cell_length(s)} lines: {s.splitlines()[1][:70]}'
+        for s in export_cells(path)
+        if cell_length(s) > CELL
+    ]
+    assert not long, '\n'.join(long)
+
+
+@notebook
+def test_prose_stands_before_export_cells(path):
+    found, before = [], None
+    for kind, source in cells(path):
+        imports_only = (
+            'import' in source
+            and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(source).body)
+            if kind == 'code' and EXPORT.search(source)
+            else False
+        )
+        if kind == 'code' and EXPORT.search(source) and before != 'markdown' and not imports_only:
+            found.append(source.splitlines()[1])
+        before = kind
+    assert not found, '\n'.join(found)
+
+
+def test_the_median_export_cell():
+    lengths = [cell_length(s) for path in NOTEBOOKS for s in export_cells(path)]
+    assert statistics.median(lengths) <= MEDIAN_CELL
