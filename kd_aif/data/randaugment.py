@@ -25,32 +25,25 @@ def _check_images(x):
     "Bytes (b, c, h, w) of one or three channels"
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:
         raise TypeError(
-            f"x is {x.dtype if isinstance(x, Tensor) else type(x).__name__}; give images as uint8, 0 to 255, before they are normalised"
+            f"x is {x.dtype if isinstance(x, Tensor) else type(x).__name__}; "
+            "give images as uint8, 0 to 255, before they are normalised"
         )
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(
             f"x has shape {tuple(x.shape)}; give (images, channels, height, width) with 1 or 3 channels"
         )
 
-
-def _each(magnitude):
+# %% ../../nbs/02_data/05_randaugment.ipynb #ae95ef23
+def _per_image(magnitude):
     return magnitude.float()[:, None, None, None]  # one number per image, to go with (b, c, h, w)
 
-# %% ../../nbs/02_data/05_randaugment.ipynb #ae95ef23
+# %% ../../nbs/02_data/05_randaugment.ipynb #922ca3ac
 def _mixed(x, other, magnitude):
     "(1 - m)·x + m·other, for each image its own m"
-    m = _each(magnitude)
+    m = _per_image(magnitude)
     return (x * (1 - m) + other * m).clamp_(0, 255).to(torch.uint8)
 
-
-def _grey(x):
-    "(b, 1, h, w) luminance in whole numbers, as floats"
-    if x.shape[1] == 1:
-        return x.float()
-    share = torch.tensor([0.2989, 0.587, 0.114], device=x.device)
-    return (x * share[:, None, None]).sum(1, keepdim=True).floor_()
-
-# %% ../../nbs/02_data/05_randaugment.ipynb #4bfa592f
+# %% ../../nbs/02_data/05_randaugment.ipynb #0c22fb62
 def brightness(
     x: Tensor,  # (b, c, h, w) uint8
     magnitude: Tensor,  # (b,) 0 to 1: how far to black
@@ -58,7 +51,15 @@ def brightness(
     "Darker images"
     return _mixed(x, torch.zeros_like(x), magnitude)
 
+# %% ../../nbs/02_data/05_randaugment.ipynb #15079f43
+def _grey(x):
+    "(b, 1, h, w) luminance in whole numbers, as floats"
+    if x.shape[1] == 1:
+        return x.float()
+    luminance = torch.tensor([0.2989, 0.587, 0.114], device=x.device)
+    return (x * luminance[:, None, None]).sum(1, keepdim=True).floor_()
 
+# %% ../../nbs/02_data/05_randaugment.ipynb #4bfa592f
 def color(
     x: Tensor,  # (b, c, h, w) uint8
     magnitude: Tensor,  # (b,) 0 to 1: how far to grey
@@ -66,7 +67,7 @@ def color(
     "Paler colours; grey images stay as they are"
     return x if x.shape[1] == 1 else _mixed(x, _grey(x), magnitude)
 
-
+# %% ../../nbs/02_data/05_randaugment.ipynb #01d66dba
 def contrast(
     x: Tensor,  # (b, c, h, w) uint8
     magnitude: Tensor,  # (b,) 0 to 1: how far to the mean grey
@@ -94,36 +95,36 @@ def posterize(
     magnitude: Tensor,  # (b,) 0 to 8: how many bits are lost, rounded
 ) -> Tensor:  # (b, c, h, w) uint8
     "Fewer levels"
-    return x & (256 - 2 ** _each(magnitude).round()).to(torch.uint8)
+    return x & (256 - 2 ** _per_image(magnitude).round()).to(torch.uint8)
 
-
+# %% ../../nbs/02_data/05_randaugment.ipynb #010db39b
 def solarize(
     x: Tensor,  # (b, c, h, w) uint8
     magnitude: Tensor,  # (b,) 0 to 256: how many of the brightest levels are inverted
 ) -> Tensor:  # (b, c, h, w) uint8
     "Bright becomes dark"
-    return torch.where(x >= 256 - _each(magnitude), 255 - x, x)
+    return torch.where(x >= 256 - _per_image(magnitude), 255 - x, x)
 
-
+# %% ../../nbs/02_data/05_randaugment.ipynb #65f575c5
 def autocontrast(
     x: Tensor,  # (b, c, h, w) uint8
-    magnitude: Tensor,  # (b,) not looked at
+    magnitude: Tensor,  # (b,) not used
 ) -> Tensor:  # (b, c, h, w) uint8
     "The values of each channel, stretched to 0…255"
     return vision.autocontrast(x)
 
-
+# %% ../../nbs/02_data/05_randaugment.ipynb #0db53afe
 def equalize(
     x: Tensor,  # (b, c, h, w) uint8
-    magnitude: Tensor,  # (b,) not looked at
+    magnitude: Tensor,  # (b,) not used
 ) -> Tensor:  # (b, c, h, w) uint8
     "The histogram of each channel, made flat"
     return vision.equalize(x)
 
-
+# %% ../../nbs/02_data/05_randaugment.ipynb #7b2f6985
 def identity(
     x: Tensor,  # (b, c, h, w) uint8
-    magnitude: Tensor,  # (b,) not looked at
+    magnitude: Tensor,  # (b,) not used
 ) -> Tensor:  # (b, c, h, w) uint8
     "The images themselves"
     return x
@@ -137,31 +138,21 @@ def affine(
     "Affine maps of images, each its own, with the nearest pixel"
     b, c, h, w = x.shape
     v, u = (torch.arange(n, device=x.device) - (n - 1) / 2 for n in (h, w))
-    new = torch.stack([u.expand(h, w), v[:, None].expand(h, w), torch.ones(h, w, device=x.device)]).reshape(
-        3, h * w
-    )
-    old = matrix.float() @ new  # (b, 2, h·w)
+    new = torch.stack([u.expand(h, w), v[:, None].expand(h, w), torch.ones(h, w, device=x.device)])
+    old = matrix.float() @ new.reshape(3, h * w)  # (b, 2, h·w)
     column, row = (old[:, 0] + (w - 1) / 2).round().long(), (old[:, 1] + (h - 1) / 2).round().long()
     seen = (column >= 0) & (column < w) & (row >= 0) & (row < h)
     source = (row.clamp(0, h - 1) * w + column.clamp(0, w - 1))[:, None].expand(b, c, h * w)
-    return (
-        torch.where(seen[:, None], x.reshape(b, c, h * w).gather(2, source), fill)
-        .to(torch.uint8)
-        .view(b, c, h, w)
-    )
+    new = torch.where(seen[:, None], x.reshape(b, c, h * w).gather(2, source), fill)
+    return new.to(torch.uint8).view(b, c, h, w)
 
 # %% ../../nbs/02_data/05_randaugment.ipynb #a82b1f56
 def _matrix(like, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
     "(n, 2, 3) from numbers or (n,) tensors, row by row"
-    return torch.stack(
-        [
-            torch.as_tensor(o, dtype=torch.float32, device=like.device).expand(len(like))
-            for o in (a, b, c, d, e, f)
-        ],
-        1,
-    ).view(-1, 2, 3)
+    entries = [torch.as_tensor(o, dtype=torch.float32, device=like.device) for o in (a, b, c, d, e, f)]
+    return torch.stack([o.expand(len(like)) for o in entries], 1).view(-1, 2, 3)
 
-
+# %% ../../nbs/02_data/05_randaugment.ipynb #69dd1ad8
 def rotate(
     x: Tensor,  # (b, c, h, w) uint8
     magnitude: Tensor,  # (b,) degrees, positive is counter-clockwise
@@ -170,7 +161,7 @@ def rotate(
     angle = torch.deg2rad(magnitude.float())
     return affine(x, _matrix(magnitude, angle.cos(), -angle.sin(), 0.0, angle.sin(), angle.cos()))
 
-
+# %% ../../nbs/02_data/05_randaugment.ipynb #7fc34771
 def shear_x(
     x: Tensor,  # (b, c, h, w) uint8
     magnitude: Tensor,  # (b,) columns that a row moves to the left against the one above it
@@ -178,7 +169,7 @@ def shear_x(
     "Move rows, the topmost stays"
     return affine(x, _matrix(magnitude, b=magnitude, c=magnitude * x.shape[2] / 2))
 
-
+# %% ../../nbs/02_data/05_randaugment.ipynb #583923cc
 def shear_y(
     x: Tensor,  # (b, c, h, w) uint8
     magnitude: Tensor,  # (b,) rows that a column moves up against the one left of it
@@ -189,15 +180,15 @@ def shear_y(
 # %% ../../nbs/02_data/05_randaugment.ipynb #2e893c12
 def translate_x(
     x: Tensor,  # (b, c, h, w) uint8
-    magnitude: Tensor,  # (b,) share of the width by which to move to the right, in whole pixels
+    magnitude: Tensor,  # (b,) fraction of the width by which to move to the right, in whole pixels
 ) -> Tensor:  # (b, c, h, w) uint8
     "Move sideways"
     return affine(x, _matrix(magnitude, c=-(magnitude * x.shape[3]).trunc()))
 
-
+# %% ../../nbs/02_data/05_randaugment.ipynb #01b10801
 def translate_y(
     x: Tensor,  # (b, c, h, w) uint8
-    magnitude: Tensor,  # (b,) share of the height by which to move down, in whole pixels
+    magnitude: Tensor,  # (b,) fraction of the height by which to move down, in whole pixels
 ) -> Tensor:  # (b, c, h, w) uint8
     "Move up and down"
     return affine(x, _matrix(magnitude, f=-(magnitude * x.shape[2]).trunc()))
@@ -212,31 +203,32 @@ class Operation:
     high: float = 0.0  # largest magnitude
     signed: bool = False  # whether the magnitude gets a random sign
 
-
+# %% ../../nbs/02_data/05_randaugment.ipynb #dee622dd
 OPERATIONS = {
-    f.__name__: Operation(f, *limits)
-    for f, *limits in (  # name -> operation, the ranges of FixMatch
-        (identity,),
-        (autocontrast,),
-        (equalize,),
-        (brightness, 0.05, 0.95),
-        (color, 0.05, 0.95),
-        (contrast, 0.05, 0.95),
-        (sharpness, 0.05, 0.95),
-        (posterize, 0.0, 4.0),
-        (solarize, 0.0, 256.0),
-        (rotate, 0.0, 30.0, True),
-        (shear_x, 0.0, 0.3, True),
-        (shear_y, 0.0, 0.3, True),
-        (translate_x, 0.0, 0.3, True),
-        (translate_y, 0.0, 0.3, True),
-    )
+    'identity': Operation(identity),
+    'autocontrast': Operation(autocontrast),
+    'equalize': Operation(equalize),
+    'brightness': Operation(brightness, 0.05, 0.95),
+    'color': Operation(color, 0.05, 0.95),
+    'contrast': Operation(contrast, 0.05, 0.95),
+    'sharpness': Operation(sharpness, 0.05, 0.95),
+    'posterize': Operation(posterize, 0.0, 4.0),
+    'solarize': Operation(solarize, 0.0, 256.0),
+    'rotate': Operation(rotate, 0.0, 30.0, signed=True),
+    'shear_x': Operation(shear_x, 0.0, 0.3, signed=True),
+    'shear_y': Operation(shear_y, 0.0, 0.3, signed=True),
+    'translate_x': Operation(translate_x, 0.0, 0.3, signed=True),
+    'translate_y': Operation(translate_y, 0.0, 0.3, signed=True),
 }
 
 # %% ../../nbs/02_data/05_randaugment.ipynb #3e2476ac
 @dataclass(frozen=True)
 class RandAugment:
-    "Operations drawn for each image, with random magnitudes: Cubuk et al. (2020) in the form of FixMatch (Sohn et al., 2020, appendix); raises `ValueError` for an unknown operation, n < 0 or a probability outside [0, 1]"
+    """Operations drawn for each image, with random magnitudes.
+
+    Cubuk et al. (2020) in the form of FixMatch (Sohn et al., 2020, appendix). Raises `ValueError` for an
+    unknown operation, n < 0 or a probability outside [0, 1].
+    """
 
     n: int = 2  # how many operations, one after the other
     probability: float = 0.5  # that a drawn operation is carried out
@@ -246,46 +238,45 @@ class RandAugment:
         check_whole('n', self.n, 0, remedy='give a whole number of operations, 0 for none')
         check_fraction('probability', self.probability)
         if unknown := [o for o in self.operations if o not in OPERATIONS] or not self.operations:
-            raise ValueError(
-                f"operations: {unknown if self.operations else 'none given'}; choose from {', '.join(OPERATIONS)}"
-            )
+            given = unknown if self.operations else 'none given'
+            raise ValueError(f"operations: {given}; choose from {', '.join(OPERATIONS)}")
 
-    def __call__(
-        self,
-        x: Tensor,  # (b, c, h, w) uint8
-        generator: torch.Generator
-        | None = None,  # where the random numbers come from; default the global one
-    ) -> Tensor:  # (b, c, h, w) uint8
-        "One strong view of each image; raises `TypeError` for anything but bytes"
-        _check_images(x)
-        for _ in range(self.n):
-            x = self._once(x, generator)
-        return x
+# %% ../../nbs/02_data/05_randaugment.ipynb #c252b116
+@patch
+def __call__(
+    self: RandAugment,
+    x: Tensor,  # (b, c, h, w) uint8
+    generator: torch.Generator | None = None,  # of the random numbers; default the global one
+) -> Tensor:  # (b, c, h, w) uint8
+    "One strong view of each image; raises `TypeError` for anything but bytes"
+    _check_images(x)
+    for _ in range(self.n):
+        x = self._apply_one(x, generator)
+    return x
 
 # %% ../../nbs/02_data/05_randaugment.ipynb #d765c385
 def _random(n, x, generator):
-    return torch.rand(n, len(x), generator=generator, device=generator.device if generator else x.device).to(
-        x.device
-    )
+    "(n, b) uniform numbers, drawn on the generator's device and moved to that of the images"
+    device = generator.device if generator else x.device
+    return torch.rand(n, len(x), generator=generator, device=device).to(x.device)
 
-
+# %% ../../nbs/02_data/05_randaugment.ipynb #75632d84
 @patch
-def _once(self: RandAugment, x, generator):
+def _apply_one(self: RandAugment, x, generator):
     "One operation for each image"
     which, chance, level, sign = _random(4, x, generator)
-    which = torch.where(
-        chance < self.probability, (which * len(self.operations)).long(), len(self.operations)
-    )  # the last: none
-    counts = torch.bincount(which, minlength=len(self.operations) + 1)[:-1].tolist()
-    new = x.clone()
-    for name, rows in zip(self.operations, which.argsort(stable=True)[: sum(counts)].split(counts)):
+    n = len(self.operations)
+    which = torch.where(chance < self.probability, (which * n).long(), n)  # n: none
+    counts = torch.bincount(which, minlength=n + 1)[:-1].tolist()
+    new, order = x.clone(), which.argsort(stable=True)[: sum(counts)]
+    for name, rows in zip(self.operations, order.split(counts)):
         if not len(rows):
             continue
         o = OPERATIONS[name]
         magnitude = o.low + (o.high - o.low) * level[rows]
-        new[rows] = o.apply(
-            x[rows], torch.where(sign[rows] < 0.5, -magnitude, magnitude) if o.signed else magnitude
-        )
+        if o.signed:
+            magnitude = torch.where(sign[rows] < 0.5, -magnitude, magnitude)
+        new[rows] = o.apply(x[rows], magnitude)
     return new
 
 # %% ../../nbs/02_data/05_randaugment.ipynb #01b0ade5
@@ -297,14 +288,16 @@ def cut_out(
     fill: int = 127,  # its level
 ) -> Tensor:  # (b, c, h, w) uint8
     "Images without the square of rows row - size//2 … row + size//2 - 1, and of columns likewise"
-    (h, w), half = x.shape[-2:], size // 2
-    inside = [
-        (i >= first[:, None] - half) & (i < first[:, None] + half)
-        for i, first in ((torch.arange(h, device=x.device), row), (torch.arange(w, device=x.device), column))
-    ]
-    return x.masked_fill((inside[0][:, :, None] & inside[1][:, None])[:, None], fill)
 
+    def covered(length, first):  # (b, length) bool: which rows, or columns, the square covers
+        i = torch.arange(length, device=x.device)
+        return (i >= first[:, None] - size // 2) & (i < first[:, None] + size // 2)
 
+    h, w = x.shape[-2:]
+    inside = covered(h, row)[:, :, None] & covered(w, column)[:, None]
+    return x.masked_fill(inside[:, None], fill)
+
+# %% ../../nbs/02_data/05_randaugment.ipynb #1fceb88b
 @dataclass(frozen=True)
 class Cutout:
     "A grey square at a random place: DeVries and Taylor (2017); raises `ValueError` for a negative or odd size"
@@ -319,12 +312,12 @@ class Cutout:
     def __call__(
         self,
         x: Tensor,  # (b, c, h, w) uint8
-        generator: torch.Generator
-        | None = None,  # where the random numbers come from; default the global one
+        generator: torch.Generator | None = None,  # of the random numbers; default the global one
     ) -> Tensor:  # (b, c, h, w) uint8
         "Images, each with its own square; raises `TypeError` for anything but bytes"
         _check_images(x)
-        row, column = (_random(2, x, generator) * torch.tensor(x.shape[-2:], device=x.device)[:, None]).long()
+        extent = torch.tensor(x.shape[-2:], device=x.device)[:, None]
+        row, column = (_random(2, x, generator) * extent).long()
         return cut_out(x, row, column, self.size, self.fill)
 
 # %% ../../nbs/02_data/05_randaugment.ipynb #d3f6493c
@@ -337,19 +330,23 @@ class Chain:
     def __call__(
         self,
         x: Tensor,  # (b, c, h, w) uint8
-        generator: torch.Generator
-        | None = None,  # where the random numbers come from; default the global one
+        generator: torch.Generator | None = None,  # of the random numbers; default the global one
     ) -> Tensor:  # (b, c, h, w) uint8
         "The last view"
         for part in self.parts:
             x = part(x, generator)
         return x
 
-
+# %% ../../nbs/02_data/05_randaugment.ipynb #0e7683d7
 def strong_augmentation_for(
     name: str,  # a key of `DATASETS`
     cutout: int = None,  # side of the square in pixels; default 16 for images of 32 pixels, 4 for digits
 ) -> Chain:  # a function (x, generator) -> x
-    "The strong view of FixMatch: weak view, RandAugment of two operations, Cutout; raises `ValueError` for an unknown data set"
+    """The strong view of FixMatch: weak view, RandAugment of two operations, Cutout.
+
+    Raises `ValueError` for an unknown data set.
+    """
     weak = augmentation_for(name)
-    return Chain((weak, RandAugment(), Cutout((4 if name == 'digits' else 16) if cutout is None else cutout)))
+    if cutout is None:
+        cutout = 4 if name == 'digits' else 16
+    return Chain((weak, RandAugment(), Cutout(cutout)))

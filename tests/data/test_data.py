@@ -23,7 +23,7 @@ from kd_aif.foundation.core import generator
 
 @pytest.fixture(scope='module')
 def digits():
-    return load_images('digits').take(range(60))
+    return load_images('digits').select(range(60))
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def write(path, images, image='image', format='PNG', **labels):
 def svhn(folder, digits):
     "Two files with 60 digits in the layout of SVHN."
     for i in range(2):
-        half = digits.take(range(30 * i, 30 * i + 30))
+        half = digits.select(range(30 * i, 30 * i + 30))
         write(
             folder / 'svhn' / f'train-0000{i}-of-00002.parquet',
             half.x,
@@ -84,7 +84,7 @@ def test_cache_spares_decoding_and_changed_files_do_not_use_it(svhn, monkeypatch
         sources, '_decode_all', lambda *args, **kwargs: calls.append(1) or decode(*args, **kwargs)
     )
     assert load().fingerprint == first.fingerprint and not calls
-    half = first.take(range(30))
+    half = first.select(range(30))
     write(svhn / 'svhn' / 'train-00000-of-00002.parquet', half.x, label=(half.y + 1) % 10)
     again = load()
     assert calls and again.fingerprint != first.fingerprint and torch.equal(again.y[:30], (half.y + 1) % 10)
@@ -272,9 +272,9 @@ def test_noise_touches_only_labels_and_an_exact_share(y, rate, seed):
             and torch.equal(noisy.index, data.index)
             and torch.equal(noisy.clean_y, data.y)
         )
-    assert symmetric.wrong.sum() <= round(rate * len(y))
-    assert next_class.wrong.sum() == sum(round(rate * int(k)) for k in torch.bincount(data.y))
-    assert torch.equal(next_class.y[next_class.wrong], (data.y[next_class.wrong] + 1) % 5)
+    assert symmetric.is_noisy.sum() <= round(rate * len(y))
+    assert next_class.is_noisy.sum() == sum(round(rate * int(k)) for k in torch.bincount(data.y))
+    assert torch.equal(next_class.y[next_class.is_noisy], (data.y[next_class.is_noisy] + 1) % 5)
 
 
 def test_symmetric_noise_draws_from_all_classes():
@@ -283,7 +283,7 @@ def test_symmetric_noise_draws_from_all_classes():
     assert counts[0] > 2500 and ((counts[1:] - 500).abs() < 100).all() and abs(int(counts[0]) - 3000) < 100
 
 
-def opinions(n, seed, zeros=0.0, C=5):
+def random_probabilities(n, seed, zeros=0.0, C=5):
     "Class probabilities of a made-up network, a share of them exactly 0."
     g = generator(seed, 'opinions')
     p = torch.rand(n, C, generator=g) ** 4 * (torch.rand(n, C, generator=g) >= zeros)
@@ -295,12 +295,12 @@ def opinions(n, seed, zeros=0.0, C=5):
 @given(labels, st.floats(0, 1), st.integers(0, 3), st.sampled_from([0.0, 0.5, 0.9, 1.0]))
 def test_instance_noise_is_exact_and_takes_the_second_choice(y, rate, seed, zeros):
     data = made(y)
-    p = opinions(len(y), seed, zeros)
+    p = random_probabilities(len(y), seed, zeros)
     noisy = instance_noise(data, rate, p, seed)
-    assert noisy.wrong.sum() == round(rate * len(y))
+    assert noisy.is_noisy.sum() == round(rate * len(y))
     for name in ('x', 'index', 'clean_y'):
         assert torch.equal(getattr(noisy, name), getattr(data, name))
-    for i in noisy.wrong.nonzero().flatten().tolist():
+    for i in noisy.is_noisy.nonzero().flatten().tolist():
         others = [c for c in range(5) if c != y[i]]
         assert noisy.y[i] in others and p[i, noisy.y[i]] == p[i, others].max()
     again = instance_noise(data, rate, p.numpy(), seed)
@@ -310,9 +310,9 @@ def test_instance_noise_is_exact_and_takes_the_second_choice(y, rate, seed, zero
 def test_instance_noise_draws_in_proportion_to_the_second_choice():
     data, draws = made([0] * 4), 4000
     p = torch.tensor([[0.9, 0.1, 0, 0, 0], [0.7, 0.1, 0.2, 0, 0], [0.4, 0, 0, 0.3, 0.3], [1, 0, 0, 0, 0]])
-    hits = sum(instance_noise(data, 0.25, p, seed).wrong.double() for seed in range(draws)) / draws
+    hits = sum(instance_noise(data, 0.25, p, seed).is_noisy.double() for seed in range(draws)) / draws
     assert torch.allclose(hits, torch.tensor([1 / 6, 1 / 3, 1 / 2, 0], dtype=torch.double), atol=0.04)
-    assert instance_noise(data, 0.75, p, 0).wrong.tolist() == [True, True, True, False], (
+    assert instance_noise(data, 0.75, p, 0).is_noisy.tolist() == [True, True, True, False], (
         'probability 0 comes last'
     )
     assert instance_noise(data, 1, p, 0).y.tolist() == [1, 2, 3, 1], 'a tie goes to the first class'
@@ -320,7 +320,7 @@ def test_instance_noise_draws_in_proportion_to_the_second_choice():
 
 def test_instance_noise_on_noisy_labels_leaves_the_given_label():
     data = symmetric_noise(made([0, 1, 2, 3, 4] * 20), 0.5, 0)
-    again = instance_noise(data, 0.3, opinions(100, 0), 0)
+    again = instance_noise(data, 0.3, random_probabilities(100, 0), 0)
     assert (again.y != data.y).sum() == 30 and torch.equal(again.clean_y, data.clean_y)
 
 
@@ -416,9 +416,9 @@ def test_corrupt_is_the_formula_on_an_exact_share(n, h, w, c, brightness, contra
 
 def test_corrupt_all_is_corrupt_each(digits):
     "More images than a piece holds, in one go and one after the other."
-    many = digits.take(torch.arange(1300) % 60)
+    many = digits.select(torch.arange(1300) % 60)
     whole = corrupt(many, 1, 0)
-    one = torch.cat([corrupt(digits.take([i]), 1, 9).x for i in range(60)])
+    one = torch.cat([corrupt(digits.select([i]), 1, 9).x for i in range(60)])
     assert torch.equal(whole.x, one[torch.arange(1300) % 60])
     assert (
         torch.equal(corrupt(many, 0.5, 3).index, many.index)
@@ -433,7 +433,7 @@ def test_corrupt_all_is_corrupt_each(digits):
         )
         == 4
     )
-    assert len(corrupt(digits.take([]), 0.5, 0)) == 0
+    assert len(corrupt(digits.select([]), 0.5, 0)) == 0
 
 
 @pytest.mark.parametrize(
@@ -494,7 +494,7 @@ def test_cifar10_default_mapping():
     noisy = asymmetric_noise(data, 0.4, 0)
     pairs = {
         (classes[a], classes[b])
-        for a, b in zip(noisy.clean_y[noisy.wrong].tolist(), noisy.y[noisy.wrong].tolist())
+        for a, b in zip(noisy.clean_y[noisy.is_noisy].tolist(), noisy.y[noisy.is_noisy].tolist())
     }
     assert pairs == {
         ('truck', 'automobile'),
@@ -503,7 +503,7 @@ def test_cifar10_default_mapping():
         ('cat', 'dog'),
         ('dog', 'cat'),
     }
-    assert noisy.wrong.float().mean() == 0.2
+    assert noisy.is_noisy.float().mean() == 0.2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')

@@ -1,0 +1,106 @@
+"Training and validation samples in one stream, for loaders that give another order in each pass."
+
+import pytest
+import torch
+from kd_aif.data.images import ImageData
+from kd_aif.data.loaders import ImageBatches
+from kd_aif.data.mixed_batches import MixedBatches, SubsetBatches, is_deterministic
+
+
+class Reshuffled:
+    "Batches that have no evaluation view, and another order and other lengths in each pass"
+
+    def __init__(self, index, sizes):
+        self.index, self.sizes, self.passes = index, sizes, 0
+
+    def __iter__(self):
+        g = torch.Generator().manual_seed(self.passes)
+        sizes = self.sizes[self.passes % 2 :] + self.sizes[: self.passes % 2]
+        self.passes += 1
+        for i in self.index[torch.randperm(len(self.index), generator=g)].split(sizes):
+            yield dict(x=i[:, None].float() / 7, y=i % 3, index=i)
+
+
+@pytest.fixture
+def loaders():
+    return Reshuffled(torch.arange(20), [8, 8, 4]), Reshuffled(torch.arange(100, 107), [4, 3])
+
+
+def images(n):
+    x = torch.randint(256, (n, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(n) % 3
+    return ImageData(
+        x, y, torch.arange(n), y, tuple('abc'), 'made', 'train', '', torch.zeros(1), torch.ones(1)
+    )
+
+
+def check_epoch(batches, train, val):
+    "Every sample once, and every row belongs to its index"
+    whole = {k: torch.cat([b[k] for b in batches]) for k in ('x', 'y', 'index', 'held_out')}
+    assert sorted(whole['index'].tolist()) == train.index.tolist() + val.index.tolist()
+    assert torch.equal(whole['held_out'], whole['index'] >= 100)
+    assert torch.equal(whole['x'][:, 0], whole['index'].float() / 7) and torch.equal(
+        whole['y'], whole['index'] % 3
+    )
+
+
+def test_every_sample_once_whatever_the_order_of_a_pass(loaders):
+    mixed = MixedBatches(*loaders)
+    for _ in range(4):
+        batches = list(mixed)
+        assert [len(b['y']) for b in batches] == [8, 8, 8, 3] and len(mixed) == 4
+        check_epoch(batches, *loaders)
+    check_epoch(list(mixed.eval_view()), *loaders)
+
+
+def test_known_sizes_spare_the_passes_and_change_nothing():
+    train, val = (ImageBatches(images(n), 8, seed=n) for n in (20, 7))
+    given = MixedBatches(*(Reshuffled(torch.arange(n), [n]) for n in (20, 7)), sizes=([8, 8, 4], [7]))
+    assert given.train.passes == given.val.passes == 0
+    read, known = MixedBatches(train, val, 3), MixedBatches(train, val, 3, sizes=([8, 8, 4], [7]))
+    assert (read.n_train, read.n_val, read.batch_size) == (known.n_train, known.n_val, known.batch_size)
+    for epoch in (0, 1):
+        batches = []
+        for mixed in (read, known):
+            mixed.set_epoch(epoch)
+            batches.append(list(mixed))
+        for a, b in zip(*batches, strict=True):
+            assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_single_sample_left_over_joins_the_last_batch():
+    mixed = MixedBatches(Reshuffled(torch.arange(12), [4, 4, 4]), Reshuffled(torch.arange(100, 105), [5]))
+    assert [len(b['y']) for b in mixed] == [4, 4, 4, 5] and len(mixed) == 4
+
+
+def test_a_subset_does_not_depend_on_the_order_of_a_pass(loaders):
+    subset = SubsetBatches(loaders[0], torch.tensor([3, 11, 19]))
+    orders = set()
+    for _ in range(4):
+        batches = list(subset)
+        index = torch.cat([b['index'] for b in batches])
+        assert sorted(index.tolist()) == [3, 11, 19]
+        assert torch.equal(torch.cat([b['x'] for b in batches])[:, 0], index.float() / 7)
+        orders.add(tuple(index.tolist()))
+    assert len(orders) > 1, 'the loader was to give another order in each pass'
+
+
+def test_what_is_deterministic(loaders):
+    train = ImageBatches(images(20), 8, augment=lambda x, g: x)
+    assert not is_deterministic(train) and is_deterministic(train.eval_view())
+    assert not is_deterministic(loaders[0]) and is_deterministic([dict()])
+    assert not is_deterministic(MixedBatches(train.eval_view(), train))
+    assert is_deterministic(MixedBatches(train.eval_view(), train.eval_view()))
+
+
+@pytest.mark.parametrize(
+    'wrong, message',
+    [
+        (lambda b: dict(b, names=['a'] * len(b['y'])), "batch.'names'. is a list"),
+        (lambda b: {k: b[k] for k in ('x', 'index')}, 'do not fit together'),
+        (lambda b: dict(b, x=b['x'].expand(-1, 2)), 'do not fit together'),
+    ],
+)
+def test_batches_that_do_not_fit_together(loaders, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        list(MixedBatches([dict(b) for b in loaders[0]], [wrong(b) for b in loaders[1]]))
