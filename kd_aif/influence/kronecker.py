@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['last_layer_diagonal', 'kronecker_names', 'sampled_diagonal', 'kronecker_inverse']
 
-# %% ../../nbs/04_influence/04_kronecker.ipynb #680f7655
+# %% ../../nbs/04_influence/04_kronecker.ipynb #01f6eea0
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -18,40 +18,41 @@ from ..foundation.batches import batch_rows, batch_size
 from ..foundation.core import generator
 from .curvature import FlatModel
 from .forward_mode import measuring
-from .sampled_rows import logit_roots
+from .logit_hessians import logit_roots
 
-# %% ../../nbs/04_influence/04_kronecker.ipynb #05b-kronecker-005
+# %% ../../nbs/04_influence/04_kronecker.ipynb #e7104465
 def _eigen(M):
-    "Eigenvalues, at least 0, and eigenvectors of a covariance, in double precision: LAPACK can fail on factors of low rank in single"
+    "Eigenvalues, at least 0, and eigenvectors of a covariance, in double precision"
     values, vectors = torch.linalg.eigh(M.double())
     return values.clamp_min(0), vectors
 
-
+# %% ../../nbs/04_influence/04_kronecker.ipynb #c498d16b
 def _rotate_and_divide(V, QA, QB, values, lam):
-    "(C, d, k) -> (C, d, k): the damped inverse in the eigenbasis; values (C, d) are the eigenvalues without damping"
+    "(C, d, k) -> (C, d, k): the damped inverse in the eigenbasis; values (C, d) are the undamped eigenvalues"
     rotated = torch.einsum('ci,cdk,dj->ijk', QB, V.double(), QA) / (values + lam)[..., None]
     return torch.einsum('ci,ijk,dj->cdk', QB, rotated, QA).to(V.dtype)
 
-# %% ../../nbs/04_influence/04_kronecker.ipynb #05b-kronecker-008
-def _last_layer_inverse(operator, lam, corrected):
+# %% ../../nbs/04_influence/04_kronecker.ipynb #d4f5d7af
+def _last_layer_inverse(operator, lam, eigenvalue_corrected):
     "K-FAC or EK-FAC of a last layer, from all its samples and without sampling"
-    h, bend = operator.h.double(), operator.bend.double()
-    (alpha, QA), (beta, QB) = _eigen(h.T @ h / len(h)), _eigen(bend.mean(0))
+    h, B = operator.h.double(), operator.logit_hessians.double()
+    (alpha, QA), (beta, QB) = _eigen(h.T @ h / len(h)), _eigen(B.mean(0))
     values = torch.outer(beta, alpha)
-    if corrected:
-        values = torch.einsum('ncd,ci,di->in', bend, QB, QB) @ (h @ QA) ** 2 / len(h)
+    if eigenvalue_corrected:
+        values = torch.einsum('ncd,ci,di->in', B, QB, QB) @ (h @ QA) ** 2 / len(h)
     return lambda v: _rotate_and_divide(v.reshape(len(QB), len(QA), -1), QA, QB, values, lam).reshape(v.shape)
 
-
+# %% ../../nbs/04_influence/04_kronecker.ipynb #b287fac1
 def last_layer_diagonal(
-    operator,  # of a last layer: `.h` (m, d) inputs, `.bend` (m, C, C) logit Hessians
+    operator,  # of a last layer: `.h` (m, d) inputs, `.logit_hessians` (m, C, C)
 ) -> Tensor:  # (C*d,) in the order of the operator
     "The exact diagonal of the Gauss-Newton matrix of a last layer"
-    return (operator.bend.diagonal(dim1=1, dim2=2).T @ operator.h**2 / len(operator.h)).flatten()
+    B = operator.logit_hessians.diagonal(dim1=1, dim2=2)
+    return (B.T @ operator.h**2 / len(operator.h)).flatten()
 
-# %% ../../nbs/04_influence/04_kronecker.ipynb #05b-kronecker-012
-class _Whitened(nn.Module):
-    "The network R(z)·z/√(2n): its summed squared error has the Gauss-Newton matrix of the mean loss, whatever the loss"
+# %% ../../nbs/04_influence/04_kronecker.ipynb #41fa6ebb
+class _RootedLogits(nn.Module):
+    "The network R(z)·z/√(2n): its summed squared error has the Gauss-Newton matrix of the mean loss"
 
     def __init__(self, flat, n):
         super().__init__()
@@ -61,8 +62,8 @@ class _Whitened(nn.Module):
         z = self.network(batch)
         return self.scale * torch.einsum('nij,nj->ni', logit_roots(self.loss, z, batch), z)
 
-
-class _Pairs:
+# %% ../../nbs/04_influence/04_kronecker.ipynb #55afc6e1
+class _InputTargetPairs:
     "Batches as (input, target) pairs on the device of the model; the target's values are never used"
 
     def __init__(self, flat, batches):
@@ -72,21 +73,20 @@ class _Pairs:
         for batch in self.batches:
             yield self.flat.prepare(batch), torch.zeros(batch_size(batch), 1, dtype=self.flat.dtype)
 
-# %% ../../nbs/04_influence/04_kronecker.ipynb #05b-kronecker-014
+# %% ../../nbs/04_influence/04_kronecker.ipynb #2a807fc6
 def _has_block(module):
     "Is this a layer whose inputs and outputs curvlinops understands?"
     if type(module) is nn.Linear:
         return True
     if type(module) is not nn.Conv2d or module.padding_mode != 'zeros':
         return False
-    return module.padding != 'same' or all(
-        d * (k - 1) % 2 == 0 for d, k in zip(module.dilation, module.kernel_size)
-    )
+    symmetric = all(d * (k - 1) % 2 == 0 for d, k in zip(module.dilation, module.kernel_size))
+    return symmetric or module.padding != 'same'
 
-
+# %% ../../nbs/04_influence/04_kronecker.ipynb #0bc83863
 @contextmanager
-def _borrowed(flat):
-    "The model ready to be measured, with gradients for `flat.names` only; modes, flags and hooks are put back, also after an error"
+def _lent(flat):
+    "The model ready to be measured, with gradients for `flat.names` only; all is put back, also after an error"
     flags = [(p, p.requires_grad) for p in flat.model.parameters()]
     hooks = [(h, set(h)) for m in flat.model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
     try:
@@ -101,41 +101,38 @@ def _borrowed(flat):
             for key in set(h) - known:
                 del h[key]
 
-# %% ../../nbs/04_influence/04_kronecker.ipynb #05b-kronecker-015
+# %% ../../nbs/04_influence/04_kronecker.ipynb #06817e9a
 def _reached(flat, layers, batch):
-    "What one sample passes through: {layer: the lengths of its inputs, call by call}, and the names of parameters that the output depends on"
+    "{layer: lengths of its inputs, call by call} for one sample, and names of parameters that the output needs"
     known, calls = {n: p for n, p in flat.model.named_parameters() if n in set(flat.names)}, {}
-    with _borrowed(flat):
+    with _lent(flat):
         for name, layer in layers.items():
             layer.register_forward_pre_hook(
                 lambda m, inputs, name=name: calls.setdefault(name, []).append([len(i) for i in inputs])
             )
         out = flat.module(batch_rows(flat.prepare(batch), torch.arange(1))).sum()
-        slopes = (
-            torch.autograd.grad(out, known.values(), allow_unused=True)
-            if out.requires_grad
-            else [None] * len(known)
-        )
-    return calls, {n for n, g in zip(known, slopes) if g is not None}
+        if not out.requires_grad:
+            return calls, set()
+        gradients = torch.autograd.grad(out, known.values(), allow_unused=True)
+    return calls, {n for n, g in zip(known, gradients) if g is not None}
 
-
+# %% ../../nbs/04_influence/04_kronecker.ipynb #fd7a48c5
 def kronecker_names(
     flat: FlatModel,  # model and loss
     batch: dict,  # one batch; its first sample is sent through the model
 ) -> list[str]:  # names of parameters, in the order of `flat.names`
     "The parameters that K-FAC and EK-FAC treat with a Kronecker block; the others get the diagonal"
-    layers, known = (
-        {n: m for n, m in flat.model.named_modules() if _has_block(m)},
-        dict(flat.model.named_parameters()),
-    )
-    owners = Counter(id(p) for m in flat.model.modules() for p in m._parameters.values() if p is not None)
+    layers = {n: m for n, m in flat.model.named_modules() if _has_block(m)}
     calls, reached = _reached(flat, layers, batch)
-    blocks = {
-        f'{n}.{kind}'.lstrip('.') for n in layers if calls.get(n) == [[1]] for kind in ('weight', 'bias')
-    }
+    once = [n for n in layers if calls.get(n) == [[1]]]
+    blocks = {f'{n}.{kind}'.lstrip('.') for n in once for kind in ('weight', 'bias')}
+    known, owners = dict(flat.model.named_parameters()), Counter()
+    for module in flat.model.modules():
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
+        owners.update(id(p) for _, p in own)
     return [n for n in flat.names if n in reached & blocks and owners[id(known[n])] == 1]
 
-# %% ../../nbs/04_influence/04_kronecker.ipynb #05b-kronecker-019
+# %% ../../nbs/04_influence/04_kronecker.ipynb #7b0526ab
 def _signed_gradient(flat, batch, names, draw):
     "(size of names,) Σᵢ JᵢᵀRᵢᵀεᵢ of a group of samples"
     known = flat.parameters()
@@ -146,38 +143,42 @@ def _signed_gradient(flat, batch, names, draw):
             "batches: the model's output is not finite; check the model's weights and inputs for NaN"
         )
     signs = (torch.randint(2, z.shape, generator=draw) * 2 - 1).to(z)
-    pull = torch.einsum('bi,bij->bj', signs, logit_roots(flat.loss, z, batch))
-    slopes = (
-        torch.autograd.grad(z, leaves, pull, allow_unused=True) if z.requires_grad else [None] * len(leaves)
-    )
-    return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(leaves, slopes)])
+    cotangents = torch.einsum('bi,bij->bj', signs, logit_roots(flat.loss, z, batch))
+    vjp = [None] * len(leaves)
+    if z.requires_grad:
+        vjp = torch.autograd.grad(z, leaves, cotangents, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(leaves, vjp)])
 
-# %% ../../nbs/04_influence/04_kronecker.ipynb #05b-kronecker-020
+# %% ../../nbs/04_influence/04_kronecker.ipynb #0ce9035f
+def _check_some(n):
+    if n == 0:
+        raise ValueError(
+            "batches: no sample for the curvature; give at least one batch, in a list or another re-iterable"
+        )
+
+# %% ../../nbs/04_influence/04_kronecker.ipynb #c387e34e
 def sampled_diagonal(
     flat: FlatModel,  # model and loss
     batches: Iterable[dict],  # re-iterable batches
     names: Iterable[str] | None = None,  # which of `flat.names`; default all
     seed: int = 0,  # seed of the signs
 ) -> Tensor:  # (sum of the sizes,) at least 0, in the order of `names`
-    "Estimate of the diagonal of the Gauss-Newton matrix, without bias, relative error some 18 %; raises `ValueError` when an output is not finite"
+    """Estimate of the diagonal of the Gauss-Newton matrix, without bias, relative error some 18 %.
+    Raises `ValueError` when there is no sample, a name is unknown, or an output is not finite."""
     names, n, total = list(flat.names if names is None else names), sum(map(batch_size, batches)), 0.0
     if missing := [name for name in names if name not in flat.names]:
         raise ValueError(f"names: {missing} are not among flat.names; choose from those")
-    if n == 0:
-        raise ValueError(
-            "batches: no sample for the curvature; give at least one batch, in a list or another re-iterable"
-        )
+    _check_some(n)
     draw = generator(seed, 'diagonal')
     with measuring(flat.model), torch.enable_grad():
         for batch in batches:
             for rows in torch.arange(batch_size(batch)).split(-(-n // 64)):
-                total = (
-                    total + _signed_gradient(flat, flat.prepare(batch_rows(batch, rows)), names, draw) ** 2
-                )
+                group = flat.prepare(batch_rows(batch, rows))
+                total = total + _signed_gradient(flat, group, names, draw) ** 2
     return total / n
 
-# %% ../../nbs/04_influence/04_kronecker.ipynb #05b-kronecker-025
-def _curvlinops(corrected):
+# %% ../../nbs/04_influence/04_kronecker.ipynb #506a2625
+def _curvlinops(eigenvalue_corrected):
     "The class that computes factors"
     try:
         with warnings.catch_warnings():
@@ -187,31 +188,17 @@ def _curvlinops(corrected):
         raise ImportError(
             "Kronecker factors need curvlinops; pip install 'curvlinops-for-pytorch>=3.0.1,<4'"
         ) from e
-    return EKFACLinearOperator if corrected else KFACLinearOperator
+    return EKFACLinearOperator if eigenvalue_corrected else KFACLinearOperator
 
-
-def _measured_eigenvalues(factors, found, A):
-    "{layer: (C, d)}: the diagonal of the curvature along the axes of K-FAC, by a second pass over the data"
-    factors._input_covariances_eigenvectors = {name: found[name][1][1].to(M) for name, M in A.items()}
-    factors._gradient_covariances_eigenvectors = {
-        name: QB.to(factors.dtype) for name, (_, _, (_, QB)) in found.items()
-    }
-    factors.compute_eigenvalue_correction()
-    values = {
-        name: next(iter(v.values())) if isinstance(v, dict) else v
-        for name, v in factors._corrected_eigenvalues.items()
-    }
-    return {name: v.double().reshape(len(v), -1) for name, v in values.items()}
-
-# %% ../../nbs/04_influence/04_kronecker.ipynb #05b-kronecker-026
-def _blocks(flat, parameters, batches, n, corrected, **settings):
-    "For each layer: {'weight': position, 'bias': position}, Q_A (d, d), Q_B (C, C) and eigenvalues (C, d); a bias is one more column of its weight"
-    kind, whitened = _curvlinops(corrected), _Whitened(flat, n)
+# %% ../../nbs/04_influence/04_kronecker.ipynb #a68e2ee9
+def _factors(flat, parameters, batches, n, eigenvalue_corrected, **settings):
+    "The operator of curvlinops with its factors computed, and {layer: {'weight' or 'bias': position}}"
+    kind, network = _curvlinops(eigenvalue_corrected), _RootedLogits(flat, n)
     factors = kind(
-        whitened,
+        network,
         nn.MSELoss(reduction='sum'),
         parameters,
-        _Pairs(flat, batches),
+        _InputTargetPairs(flat, batches),
         check_deterministic=False,
         num_per_example_loss_terms=1,
         separate_weight_and_bias=False,
@@ -220,80 +207,92 @@ def _blocks(flat, parameters, batches, n, corrected, **settings):
         **settings,
     )
     factors.compute_kronecker_factors()
-    layers, A, B = (
-        kind.compute_parameter_mapping(parameters, whitened),
-        factors._input_covariances,
-        factors._gradient_covariances,
+    return factors, kind.compute_parameter_mapping(parameters, network)
+
+# %% ../../nbs/04_influence/04_kronecker.ipynb #e4a195fe
+def _measured_eigenvalues(factors, axes):
+    "{layer: (C, d)}: the diagonal of the curvature along the axes {layer: (QA or None, QB)}, in a second pass"
+    state = factors.state_dict() | dict(
+        input_covariances={},
+        gradient_covariances={},
+        input_covariances_eigenvectors={name: QA for name, (QA, _) in axes.items()},
+        gradient_covariances_eigenvectors={name: QB for name, (_, QB) in axes.items()},
     )
-    found = {
-        name: (at, _eigen(A[name] if name in A else B[name].new_ones(1, 1)), _eigen(B[name]))
-        for name, at in layers.items()
-    }
-    measured = _measured_eigenvalues(factors, found, A) if corrected else {}
-    return [
-        (at, QA, QB, measured[name] if measured else torch.outer(beta, alpha))
-        for name, (at, (alpha, QA), (beta, QB)) in found.items()
-    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='Loading a state dict')
+        factors.load_state_dict(state)
+    factors.compute_eigenvalue_correction()
+    values = factors.state_dict()['corrected_eigenvalues']
+    single = {name: next(iter(v.values())) if isinstance(v, dict) else v for name, v in values.items()}
+    return {name: v.double().reshape(len(v), -1) for name, v in single.items()}
 
+# %% ../../nbs/04_influence/04_kronecker.ipynb #864557a2
+def _blocks(flat, parameters, batches, n, eigenvalue_corrected, **settings):
+    """For each layer {'weight': position, 'bias': position}, Q_A (d, d), Q_B (C, C) and eigenvalues (C, d).
+    A bias is one more column of its weight."""
+    factors, layers = _factors(flat, parameters, batches, n, eigenvalue_corrected, **settings)
+    state = factors.state_dict()
+    A, B = state['input_covariances'], state['gradient_covariances']
+    eigen = {k: (_eigen(A[k] if k in A else B[k].new_ones(1, 1)), _eigen(B[k])) for k in layers}
+    values = {k: torch.outer(beta, alpha) for k, ((alpha, _), (beta, _)) in eigen.items()}
+    if eigenvalue_corrected:
+        axes = {k: (QA.to(A[k]) if k in A else None, QB.to(B[k])) for k, ((_, QA), (_, QB)) in eigen.items()}
+        values = _measured_eigenvalues(factors, axes)
+    return [(at, eigen[k][0][1], eigen[k][1][1], values[k]) for k, at in layers.items()]
 
+# %% ../../nbs/04_influence/04_kronecker.ipynb #0651c898
+def _as_matrices(v, shapes):
+    "The rows of v (P, k) that belong to each parameter, as (C, d, k), biases as (C, 1, k)"
+    parts = zip(v.split([s.numel() for s in shapes]), shapes)
+    return [p.reshape(s[0], -1, v.shape[1]) if len(s) > 1 else p[:, None] for p, s in parts]
+
+# %% ../../nbs/04_influence/04_kronecker.ipynb #ef58a0f7
 def _divide_blocks(v, blocks, shapes, lam):
     "(P, k) -> (P, k): the damped inverse of all layers"
-    parts = [
-        p.reshape(len(p) // s[1:].numel(), -1, v.shape[1]) if len(s) > 1 else p[:, None]
-        for p, s in zip(v.split([s.numel() for s in shapes]), shapes)
-    ]
+    parts = _as_matrices(v, shapes)
     for at, QA, QB, values in blocks:
+        columns = [parts[i].shape[1] for i in at.values()]
         joint = torch.cat([parts[i] for i in at.values()], 1)
-        out = _rotate_and_divide(joint, QA, QB, values, lam).split(
-            [parts[i].shape[1] for i in at.values()], 1
-        )
-        for i, part in zip(at.values(), out):
+        divided = _rotate_and_divide(joint, QA, QB, values, lam).split(columns, 1)
+        for i, part in zip(at.values(), divided):
             parts[i] = part
     return torch.cat([p.reshape(-1, v.shape[1]) for p in parts])
 
-# %% ../../nbs/04_influence/04_kronecker.ipynb #05b-kronecker-028
-def _network_inverse(operator, lam, corrected, seed, **settings):
-    "v (P, k) -> (P, k), and what was done in words"
-    flat, batches = operator.flat, operator.batches
-    n, known = sum(map(batch_size, batches)), dict(flat.model.named_parameters())
-    if n == 0:
-        raise ValueError(
-            "batches: no sample for the curvature; give at least one batch, in a list or another re-iterable"
-        )
-    inside = kronecker_names(flat, next(iter(batches)))
-    outside = [name for name in flat.names if name not in inside]
-    mask = torch.cat(
-        [torch.full((s.numel(),), name in inside) for name, s in zip(flat.names, flat.shapes)]
-    ).to(flat.device)
-    with _borrowed(flat):
-        blocks = (
-            _blocks(flat, [known[name] for name in inside], batches, n, corrected, seed=seed, **settings)
-            if inside
-            else []
-        )
-    diagonal = sampled_diagonal(flat, batches, outside, seed) if outside else None
+# %% ../../nbs/04_influence/04_kronecker.ipynb #2f6cb032
+def _masked_inverse(mask, blocks, shapes, diagonal, lam):
+    "v (P, k) -> (P, k): blocks where the mask is true, the damped diagonal elsewhere"
 
     def apply(v):
         x = torch.empty_like(v)
-        if inside:
-            x[mask] = _divide_blocks(v[mask], blocks, [known[name].shape for name in inside], lam)
-        if outside:
+        if blocks:
+            x[mask] = _divide_blocks(v[mask], blocks, shapes, lam)
+        if diagonal is not None:
             x[~mask] = v[~mask] / (diagonal + lam)[:, None]
         return x
 
+    return apply
+
+# %% ../../nbs/04_influence/04_kronecker.ipynb #806ee78d
+def _network_inverse(operator, lam, eigenvalue_corrected, seed, **settings):
+    "v (P, k) -> (P, k), and what was done in words"
+    flat, batches = operator.flat, operator.batches
+    _check_some(n := sum(map(batch_size, batches)))
+    inside = kronecker_names(flat, next(iter(batches)))
+    outside = [name for name in flat.names if name not in inside]
+    sizes = [(s.numel(), name in inside) for name, s in zip(flat.names, flat.shapes)]
+    mask = torch.cat([torch.full((k,), value) for k, value in sizes]).to(flat.device)
+    known, blocks = dict(flat.model.named_parameters()), []
+    parameters = [known[name] for name in inside]
+    if inside:
+        with _lent(flat):
+            blocks = _blocks(flat, parameters, batches, n, eigenvalue_corrected, seed=seed, **settings)
+    diagonal = sampled_diagonal(flat, batches, outside, seed) if outside else None
+    apply = _masked_inverse(mask, blocks, [p.shape for p in parameters], diagonal, lam)
     return apply, f'Kronecker blocks for {int(mask.sum()):,} parameters, diagonal for {int((~mask).sum()):,}'
 
-# %% ../../nbs/04_influence/04_kronecker.ipynb #05b-kronecker-029
-def kronecker_inverse(
-    operator,  # `GaussNewton`, or `LastLayerGaussNewton` (closed form, nothing sampled)
-    lam: float,  # λ above 0, added to the eigenvalues of each block
-    corrected: bool = False,  # False: K-FAC; True: EK-FAC
-    approx: str = 'expand',  # 'expand' or 'reduce': what to do with the places at which a layer is applied
-    fisher: str = 'mc',  # 'mc': random outputs; 'type-2': all C, exact and C backward passes
-    mc_samples: int = 1,  # random outputs per sample for 'mc'
-    seed: int = 0,  # of the random outputs and of the diagonal
-) -> tuple[Callable, str]:  # v (P, k) -> (P, k), and a note in words
-    "(G + λI)⁻¹ by K-FAC or EK-FAC, as a function; raises `ValueError` for wrong settings, factors that are not finite, operators without layers"
+# %% ../../nbs/04_influence/04_kronecker.ipynb #f00830fb
+def _check_settings(lam, approx, fisher, mc_samples):
+    "Raise `ValueError` for a setting that K-FAC does not know"
     for name, value, known in (
         ('approx', approx, ('expand', 'reduce')),
         ('fisher', fisher, ('mc', 'type-2')),
@@ -304,19 +303,36 @@ def kronecker_inverse(
         raise ValueError(f"mc_samples is {mc_samples}; give a number of random outputs, at least 1")
     if not lam > 0:
         raise ValueError(f"lam is {lam}; give a number above 0")
-    kind, settings = (
-        'EKFAC' if corrected else 'KFAC',
-        dict(kfac_approx=approx, fisher_type=fisher, mc_samples=mc_samples if fisher == 'mc' else 1),
-    )
-    try:
-        if hasattr(operator, 'bend'):
-            return _last_layer_inverse(operator, lam, corrected), 'closed form of the last layer'
-        if hasattr(operator, 'flat'):
-            return _network_inverse(operator, lam, corrected, seed, **settings)
-    except torch.linalg.LinAlgError as e:
-        raise ValueError(
-            f"{kind}: a Kronecker factor is not finite; check the model's weights and inputs for NaN"
-        ) from e
+
+# %% ../../nbs/04_influence/04_kronecker.ipynb #3f7acffe
+def _inverse_by_kind(operator, lam, eigenvalue_corrected, seed, **settings):
+    "The inverse of a last layer or of a network, and a note in words"
+    if hasattr(operator, 'logit_hessians'):
+        return _last_layer_inverse(operator, lam, eigenvalue_corrected), 'closed form of the last layer'
+    if hasattr(operator, 'flat'):
+        return _network_inverse(operator, lam, eigenvalue_corrected, seed, **settings)
     raise ValueError(
-        f"{kind} needs the layers of a model: give a GaussNewton operator, not {type(operator).__name__}; CG() takes any operator"
+        f"{'EKFAC' if eigenvalue_corrected else 'KFAC'} needs the layers of a model: "
+        f"give a GaussNewton operator, not {type(operator).__name__}; CG() takes any operator"
     )
+
+# %% ../../nbs/04_influence/04_kronecker.ipynb #fe30c60d
+def kronecker_inverse(
+    operator,  # `GaussNewton`, or `LastLayerGaussNewton` (closed form, nothing sampled)
+    lam: float,  # λ above 0, added to the eigenvalues of each block
+    eigenvalue_corrected: bool = False,  # False: K-FAC; True: EK-FAC
+    approx: str = 'expand',  # 'expand' or 'reduce': what to do with the places at which a layer is applied
+    fisher: str = 'mc',  # 'mc': random outputs; 'type-2': all C, exact and C backward passes
+    mc_samples: int = 1,  # random outputs per sample for 'mc'
+    seed: int = 0,  # of the random outputs and of the diagonal
+) -> tuple[Callable, str]:  # v (P, k) -> (P, k), and a note in words
+    """(G + λI)⁻¹ by K-FAC or EK-FAC, as a function.
+    Raises `ValueError` for wrong settings, factors that are not finite, and operators without layers."""
+    _check_settings(lam, approx, fisher, mc_samples)
+    settings = dict(kfac_approx=approx, fisher_type=fisher, mc_samples=mc_samples if fisher == 'mc' else 1)
+    try:
+        return _inverse_by_kind(operator, lam, eigenvalue_corrected, seed, **settings)
+    except torch.linalg.LinAlgError as e:
+        kind = 'EKFAC' if eigenvalue_corrected else 'KFAC'
+        message = f"{kind}: a Kronecker factor is not finite; check the model's weights and inputs for NaN"
+        raise ValueError(message) from e

@@ -8,17 +8,42 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from kd_aif.influence import sampled_rows as sampled_rows_module
 from kd_aif.foundation.core import evaluating
-from kd_aif.influence.curvature import FlatModel, GaussNewton
+from kd_aif.influence.curvature import FlatModel, GaussNewton, mean_gradient
 from kd_aif.influence.sampled_rows import StreamedRows, sampled_rows, sample_gradients
-from kd_aif.influence.cross_scores import cross_scores
 from kd_aif.influence.last_layer import TARGETS
-from kd_aif.influence.scores import influence_scores, self_influence
+from kd_aif.influence import scores as scores_module, self_influence as self_influence_module
+from kd_aif.influence import cross_scores as cross_scores_module
+from kd_aif.influence.cross_scores import Scoring
+from kd_aif.influence.scores import AllLayerOptions, all_layer_scores
 from kd_aif.foundation.losses import batch_cross_entropy, distill_loss
 from kd_aif.models.build import build_model
 from kd_aif.influence.directional import directional_scores, finite_step
 from kd_aif.influence.iterative_solvers import CG, LBFGS, LiSSA
 from kd_aif.influence.solvers import EKFAC, KFAC, Diagonal, Exact, Identity, Woodbury
-from kd_aif.influence.forward_mode import measuring, pull_back_twice, push_forward
+from kd_aif.influence.forward_mode import measuring
+
+
+def influence_scores(model, loss, train, val, solver=None, target='mean', last_layer=False, **settings):
+    "Scores of all layers unless the last one is asked for; mode, losses and start are options of all layers"
+    options = {k: settings.pop(k) for k in ('mode', 'losses', 'start') if k in settings}
+    if last_layer:
+        return scores_module.influence_scores(
+            model, loss, train, val, solver, target, True, **settings, **options
+        )
+    options = AllLayerOptions(**options)
+    return all_layer_scores(model, loss, train, val, solver, target, options=options, **settings)
+
+
+def self_influence(model, loss, train, solver=None, last_layer=False, **settings):
+    "Self-influence of all layers unless the last one is asked for"
+    return self_influence_module.self_influence(model, loss, train, solver, last_layer, **settings)
+
+
+def cross_scores(model, loss, train, val, folds=2, score=('mean', 'loss'), seed=0, **settings):
+    "`cross_scores` with the settings of the scoring side by side"
+    scoring = Scoring(**settings)
+    return cross_scores_module.cross_scores(model, loss, train, val, score, folds, seed, scoring)
+
 
 C, LAM = 3, 0.1
 DEVICES = pytest.mark.parametrize(
@@ -411,6 +436,23 @@ def test_every_layer_through_the_default_solver(kind):
 
 
 @pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', LAYERS)
+def test_gauss_newton_products_through_every_layer(kind):
+    "JᵀJv·2/C for squared error, with J by plain autograd: the value keeps its way back while the tangent runs along."
+    model, batch = seeded(LAYERS[kind][0]), data(LAYERS[kind][1]())
+    flat = FlatModel(model, square)
+    v, known = normal(flat.size, seed=6), dict(model.named_parameters())
+    parameters, total = [known[n] for n in flat.names], 0
+    with evaluating(model):
+        for i in range(len(batch['index'])):
+            z = flat.module(pick(batch, slice(i, i + 1)))[0]
+            rows = [torch.autograd.grad(o, parameters, retain_graph=True, allow_unused=True) for o in z]
+            J = torch.stack([flat.flatten(r) for r in rows])
+            total = total + J.T @ (J @ v) * 2 / C
+    near(GaussNewton(flat, ragged(batch)) @ v, total / len(batch['index']), 1e-9)
+
+
+@pytest.mark.filterwarnings('ignore')
 def test_padding_row_of_an_embedding_never_moves():
     "PyTorch's gradient of that row is zero, so it is no direction: neither the matrix nor the scores know it."
     model = seeded(lambda: nn.Sequential(nn.Embedding(9, 4, padding_idx=2), nn.Flatten(), nn.Linear(24, C)))
@@ -599,6 +641,79 @@ def test_scores_do_not_see_an_enclosing_autocast(mode):
     assert torch.equal(inside, outside)
 
 
+def in_precision(model, dtype):
+    "A copy of a model in another precision"
+    return copy.deepcopy(model).to(dtype)
+
+
+PRECISE = [
+    CG(LAM, 100, 1e-8),
+    Woodbury(LAM),
+    Diagonal(LAM),
+    KFAC(LAM, fisher='type-2'),
+    EKFAC(LAM, fisher='type-2'),
+    LBFGS(LAM, max_iter=100, tol=1e-8),
+]
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('solver', PRECISE, ids=lambda s: type(s).__name__)
+def test_a_model_in_double_precision_takes_batches_in_single(solver, mode):
+    "As loaders yield them: gradient, curvature, solve and scores agree with those in single precision."
+    model, batch = seeded(LAYERS['conv'][0]), data(images().float())
+    batch['teacher'] = batch['teacher'].float()
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        flat = FlatModel(in_precision(model, dtype), distillation)
+        b = mean_gradient(flat, ragged(batch))
+        s = solver.solve(GaussNewton(flat, ragged(batch)), b).x
+        assert b.dtype == s.dtype == flat.theta.dtype == dtype
+        found[dtype] = read(flat, ragged(batch), s, mode).double()
+    near(found[torch.float64], found[torch.float32], 0.05 if mode == 'finite' else 1e-3)
+
+
+@pytest.mark.parametrize('inputs', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('solver', PRECISE, ids=lambda s: type(s).__name__)
+def test_a_model_in_half_precision_is_measured_in_single(solver, dtype, inputs):
+    "The scores are those of the same weights in single precision; the model keeps its own."
+    half, batch = in_precision(seeded(LAYERS['conv'][0]), dtype), data(images().to(inputs))
+    before, found = {k: v.clone() for k, v in half.state_dict().items()}, []
+    for model in (half, in_precision(half, torch.float32)):
+        flat, ready = FlatModel(model), batch if model is half else batch | dict(x=batch['x'].float())
+        s = solver.solve(GaussNewton(flat, ragged(ready)), mean_gradient(flat, ragged(ready))).x
+        found.append(read(flat, ragged(ready), s))
+    assert found[0].dtype == torch.float32
+    near(found[0], found[1], 1e-6)
+    assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in half.state_dict().items())
+
+
+@pytest.mark.parametrize('solver', [Exact(LAM), *PRECISE, LiSSA(LAM)], ids=lambda s: type(s).__name__)
+def test_a_vector_of_another_precision_or_length_is_refused(solver):
+    model, train, _ = small(0)
+    flat, calls = FlatModel(model, lambda z, batch: calls.append(1) or batch_cross_entropy(z, batch)), []
+    G, b = GaussNewton(flat, cut(train, 5)), normal(flat.size)
+    with pytest.raises(TypeError, match=r'vector.to\(flat.dtype\)'):
+        solver.solve(G, b.float())
+    with pytest.raises(ValueError, match='the model .* parameters'):
+        solver.solve(G, b[:-1])
+    for mode in MODES:
+        with pytest.raises(TypeError, match=r'vector.to\(flat.dtype\)'):
+            read(flat, cut(train, 5), b.float()[:, None], mode)
+    assert not calls, 'it was refused before any work'
+
+
+def test_precisions_that_cannot_be_measured():
+    mixed = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, C).double())
+    with pytest.raises(TypeError, match='one precision'):
+        FlatModel(mixed)
+    assert FlatModel(mixed, names=['1.weight']).dtype == torch.float64
+    model = nn.Sequential(nn.Linear(3, C)).bfloat16()
+    model.kept = model[0].weight * 2  # not a leaf: PyTorch does not copy it
+    with pytest.raises(TypeError, match=r'cannot be copied.*model.float\(\)'):
+        FlatModel(model)
+
+
 SOLVERS = [
     Identity(),
     Exact(LAM),
@@ -622,7 +737,7 @@ def test_solvers_do_not_see_an_enclosing_autocast(solver, last_layer):
     )
     score = lambda: (
         influence_scores(
-            model.float(), batch_cross_entropy, train, val, solver, 'local', last_layer, progress=False
+            model.float(), batch_cross_entropy, train, val, solver, 'posterior', last_layer, progress=False
         ).values
     )
     outside = score()
@@ -687,7 +802,7 @@ def test_finite_step_leaves_a_training_model_alone():
 ALL = [
     CG(LAM, max_iter=200, tol=1e-12, n_samples=None),
     CG(LAM, max_iter=200, tol=1e-12, n_samples=None, preconditioner=None),
-    Woodbury(LAM, n_samples=None, draws=None),
+    Woodbury(LAM, n_samples=None, mc_samples=None),
 ]
 solvers, modes = st.sampled_from(ALL), st.sampled_from(['auto', 'reverse', 'gradients', 'finite'])
 
@@ -728,11 +843,12 @@ def test_blind_to_batch_size_and_order(seed, solver, target, mode, size, random)
     )
 
 
-@pytest.mark.parametrize('draws', [1, 2, None])
-def test_random_signs_do_not_depend_on_batches(draws):
+@pytest.mark.parametrize('mc_samples', [1, 2, None])
+def test_random_signs_do_not_depend_on_batches(mc_samples):
     model, train, val = small(0)
     whole, *parts = (
-        score(model, train, val, Woodbury(LAM, n_samples=8, draws=draws), size).values for size in (100, 5, 1)
+        score(model, train, val, Woodbury(LAM, n_samples=8, mc_samples=mc_samples), size).values
+        for size in (100, 5, 1)
     )
     for part in parts:
         near(part, whole, 1e-6)
@@ -773,7 +889,7 @@ def test_additive_over_groups(seed, solver, target, groups):
     assert sums.shape == (4, *found.values.shape[1:])
     for k in range(4):
         near(sums[k], found.values[groups == k].sum(0), 1e-12)
-    if target != 'local':
+    if target != 'posterior':
         near(sums[1], (gradients(FlatModel(model), train)[groups == 1].sum(0) @ found.direction), 1e-7)
 
 
@@ -812,17 +928,17 @@ def held(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize('target', ['class', 'local', 'sample'])
+@pytest.mark.parametrize('target', ['class', 'posterior', 'sample'])
 def test_a_hundred_classes_with_all_layers(target, held):
     model, train, val = small(0, n=300, m=150, classes=100, features=5, hidden=4)
     found = influence_scores(
         model, batch_cross_entropy, cut(train, 150), cut(val, 150), target=target, progress=False
     )
     assert (
-        found.values.shape == dict(local=(300,), sample=(300, 150)).get(target, (300, 100))
+        found.values.shape == dict(posterior=(300,), sample=(300, 150)).get(target, (300, 100))
         and torch.isfinite(found.values).all()
     )
-    assert 0 < max(held) <= 64 and found.products == 0
+    assert 0 < max(held) <= 64 and found.matvecs == 0
     exact = influence_scores(
         model,
         batch_cross_entropy,
@@ -866,22 +982,22 @@ def test_one_sample_and_more_samples_asked_for_than_there_are():
 # Rows that are computed again
 
 
-@pytest.mark.parametrize('draws', [1, 3, None])
+@pytest.mark.parametrize('mc_samples', [1, 3, None])
 @pytest.mark.parametrize('kind', ['conv', 'encoder', 'new_function'])
 @pytest.mark.filterwarnings('ignore')
-def test_streamed_rows_over_batches_of_different_size(kind, draws):
+def test_streamed_rows_over_batches_of_different_size(kind, mc_samples):
     flat, batch = FlatModel(seeded(LAYERS[kind][0]), distillation), data(LAYERS[kind][1]())
     held, streamed = (
-        sampled_rows(flat, ragged(batch), draws, max_numbers=m) for m in (2**28, 20 * flat.size)
+        sampled_rows(flat, ragged(batch), mc_samples, max_numbers=m) for m in (2**28, 20 * flat.size)
     )
-    if draws == 1:
-        streamed = StreamedRows(flat, sampled_rows(flat, ragged(batch), draws, max_numbers=0).parts, 3)
-    assert isinstance(streamed, StreamedRows) or draws == 3 and len(streamed) == 21
+    if mc_samples == 1:
+        streamed = StreamedRows(flat, sampled_rows(flat, ragged(batch), mc_samples, max_numbers=0).parts, 3)
+    assert isinstance(streamed, StreamedRows) or mc_samples == 3 and len(streamed) == 21
     x = normal(flat.size, 2)
     near(streamed.gram(), held.gram(), 1e-9)
     near(streamed.forward(x), held.forward(x), 1e-9)
     near(streamed.backward(held.forward(x)), held.backward(held.forward(x)), 1e-9)
-    if draws is None:  # all rows are the matrix
+    if mc_samples is None:  # all rows are the matrix
         G = GaussNewton(flat, ragged(batch))
         near(held.backward(held.forward(x)), G @ x, 1e-6)
 
@@ -994,7 +1110,7 @@ def test_warm_start(solver, target):
         score(model, train, val, solver, target=target),
         score(model, train, val, solver, target=target, start=cold),
     )
-    assert warm.products < again.products and warm.residual <= 1e-6
+    assert warm.matvecs < again.matvecs and warm.residual <= 1e-6
     near(warm.values, again.values, 1e-4)
     with pytest.raises(ValueError, match='InfluenceScores'):
         score(model, train, val, solver, target=target, start=cold.direction)
@@ -1052,9 +1168,8 @@ def test_a_generator_is_refused_or_read_whole():
 
 def test_an_unknown_mode_is_told_before_the_work():
     model, train, val = small(0)
-    for last_layer in (False, True):
-        with pytest.raises(ValueError, match="mode is 'fast'"):
-            score(model, train, val, Identity(), mode='fast', last_layer=last_layer)
+    with pytest.raises(ValueError, match="mode is 'fast'"):
+        score(model, train, val, Identity(), mode='fast')
 
 
 def test_cross_scores_with_all_layers_need_no_last_linear_layer():

@@ -1,6 +1,7 @@
 "Influence scores as a property: linear, additive, blind to batches and order; models are left as they were; text and dictionaries through `forward`."
 
 import copy
+import inspect
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -9,9 +10,11 @@ from torch.nn.functional import cross_entropy
 from kd_aif.foundation.core import evaluating
 from kd_aif.influence.curvature import FlatModel
 from kd_aif.foundation.splits import stratified_folds
-from kd_aif.influence.cross_scores import SCORES, cross_scores
-from kd_aif.influence.last_layer import TARGETS, last_layer_view
-from kd_aif.influence.scores import InfluenceScores, directional_scores, influence_scores
+from kd_aif.influence.cross_scores import SCORES, Scoring, combine_scores, cross_scores, last_layer_views
+from kd_aif.influence.directional import directional_scores
+from kd_aif.influence.last_layer import LAST_LAYER, TARGETS, last_layer_view
+from kd_aif.influence.scores import AllLayerOptions, InfluenceScores, all_layer_scores, influence_scores
+from kd_aif.influence.self_influence import self_influence
 from kd_aif.foundation.losses import batch_cross_entropy
 from kd_aif.models.features import last_linear
 from kd_aif.influence.iterative_solvers import CG
@@ -58,10 +61,19 @@ def made(seed, n=12, m=9):
     return net(seed), rows(n, seed + 1), rows(m, seed + 2, 500)
 
 
-def score(model, train, val, solver=LAM, loss=batch_cross_entropy, size=100, **kwargs):
+def score(model, train, val, solver=LAM, loss=batch_cross_entropy, size=100, last_layer=False, **kwargs):
+    batches = cut(train, size), cut(val, size)
     return influence_scores(
-        model, loss, cut(train, size), cut(val, size), solver=solver, progress=False, **kwargs
+        model, loss, *batches, solver=solver, last_layer=last_layer, progress=False, **kwargs
     )
+
+
+def crossing(
+    model, train, val, score=('mean', 'loss'), loss=batch_cross_entropy, folds=2, seed=0, **settings
+):
+    "`cross_scores` of batches, without bars"
+    scoring = Scoring(**{'progress': False, **settings})
+    return cross_scores(model, loss, train, val, score, folds, seed, scoring)
 
 
 def same(a, b, tol=1e-8):
@@ -217,7 +229,7 @@ def test_additive_over_groups_of_classes(seed, last_layer, labels, group):
             by_class @ part / part.sum(), score(model, train, pick(val, inside), last_layer=last_layer).values
         )
     p = model(train['x']).softmax(1).detach()
-    same((p * by_class).sum(1), score(model, train, val, target='local', last_layer=last_layer).values)
+    same((p * by_class).sum(1), score(model, train, val, target='posterior', last_layer=last_layer).values)
 
 
 @pytest.mark.parametrize('last_layer', [False, True])
@@ -226,7 +238,7 @@ def test_conjugate_gradients_agree_with_the_dense_solve(last_layer):
     found = score(
         model, train, val, CG(damping=0.1, max_iter=100, tol=1e-12, n_samples=None), last_layer=last_layer
     )
-    assert found.residual < 1e-11 and found.products > 0
+    assert found.residual < 1e-11 and found.matvecs > 0
     same(found.values, score(model, train, val, last_layer=last_layer).values)
 
 
@@ -328,7 +340,9 @@ def how(kind):
 @pytest.mark.parametrize('kind', ['mixed', 'words', 'net'])
 def test_last_layer_view_is_what_autograd_says(kind):
     model, data = build(kind), inputs(kind, 8, 1)
-    view = last_layer_view(model, batch_cross_entropy, cut(data, 3), how(kind), max_bend=5, progress=False)
+    view = last_layer_view(
+        model, batch_cross_entropy, cut(data, 3), how(kind), max_hessians=5, progress=False
+    )
     layer = last_linear(model)[1]
     with evaluating(model):
         logits = (how(kind) or (lambda m, b: m(b['x'])))(model, data)
@@ -351,10 +365,10 @@ def test_last_layer_view_is_what_autograd_says(kind):
     same(view.scores(s[:, 0]), gradients @ s[:, 0])
     same(view.gradient(), gradients.mean(0))
     same(view.gradient_by_class()[:, 1], gradients[data['y'] == 1].mean(0))
-    assert len(view.bend) == len(view.bend_rows.unique()) == 5
-    same(view.bend, (torch.diag_embed(p) - p[:, :, None] * p[:, None])[view.bend_rows])
-    part = view.take(data['y'] != 0)
-    assert part.index.tolist() == data['index'][data['y'] != 0].tolist() and len(part.bend) == 0
+    assert len(view.logit_hessians) == len(view.hessian_rows.unique()) == 5
+    same(view.logit_hessians, (torch.diag_embed(p) - p[:, :, None] * p[:, None])[view.hessian_rows])
+    part = view.select(data['y'] != 0)
+    assert part.index.tolist() == data['index'][data['y'] != 0].tolist() and len(part.logit_hessians) == 0
     same(part.gradient(), gradients[data['y'] != 0].mean(0))
 
 
@@ -363,18 +377,20 @@ def test_a_view_under_another_loss_asks_the_model_nothing():
     other = lambda logits, batch: (logits**2).sum(1) * batch['x'].flatten(1).mean(1)
     ask = lambda m, b: calls.append(len(b['index'])) or m(b['x'])
     view, wanted = (
-        last_layer_view(model, loss, cut(data, 4), ask, max_bend=5, progress=False)
+        last_layer_view(model, loss, cut(data, 4), ask, max_hessians=5, progress=False)
         for loss in (batch_cross_entropy, other)
     )
     before = len(calls)
     assert sum(calls) == 2 * (9 + 2), 'two of the samples show which layer is the last'
     found = view.under(other, cut(data, 2))
     assert (
-        len(calls) == before and len(found.bend) == len(found.bend_rows) == 0 and torch.equal(found.y, view.y)
+        len(calls) == before
+        and len(found.logit_hessians) == len(found.hessian_rows) == 0
+        and torch.equal(found.y, view.y)
     )
-    for part in ('losses', 'slope', 'features', 'logits', 'index'):
+    for part in ('losses', 'logit_gradient', 'features', 'logits', 'index'):
         same(getattr(found, part), getattr(wanted, part))
-    for part in ('bend', 'bend_rows'):
+    for part in ('logit_hessians', 'hessian_rows'):
         same(getattr(view.under(other, cut(data, 2), 5), part), getattr(wanted, part))
     with pytest.raises(ValueError, match='order'):
         view.under(other, cut({k: v.flip(0) for k, v in data.items()}, 3))
@@ -386,14 +402,14 @@ def test_samples_of_a_view_are_found_by_their_index():
         build('mixed'),
         batch_cross_entropy,
         cut({k: v.flip(0) for k, v in data.items()}, 4),
-        max_bend=5,
+        max_hessians=5,
         progress=False,
     )
     found = view.at(data['index'][[6, 2, 3]])
     assert (
         torch.equal(found.index, data['index'][[6, 2, 3]])
         and torch.equal(found.y, data['y'][[6, 2, 3]])
-        and len(found.bend) == 0
+        and len(found.logit_hessians) == 0
     )
     same(found.features, view.features.flip(0)[[6, 2, 3]])
     for missing in (torch.tensor([10**6]), torch.tensor([-1])):
@@ -405,12 +421,12 @@ def test_samples_of_a_view_are_found_by_their_index():
 @given(seeds, sizes, st.integers(0, 15))
 def test_view_keeps_the_same_logit_hessians_whatever_the_batches(seed, size, most):
     model, data = net(seed), rows(12, seed)
-    read = lambda b: last_layer_view(model, batch_cross_entropy, b, max_bend=most, progress=False)
+    read = lambda b: last_layer_view(model, batch_cross_entropy, b, max_hessians=most, progress=False)
     whole, parts = read(cut(data)), read(cut(data, size))
-    assert len(parts.bend) == min(most, 12)
+    assert len(parts.logit_hessians) == min(most, 12)
     assert (
-        torch.equal(parts.bend_rows, whole.bend_rows)
-        and torch.allclose(parts.bend, whole.bend)
+        torch.equal(parts.hessian_rows, whole.hessian_rows)
+        and torch.allclose(parts.logit_hessians, whole.logit_hessians)
         and torch.allclose(parts.features, whole.features)
     )
 
@@ -450,9 +466,14 @@ def test_model_and_global_state_are_left_as_they_were(kind, last_layer, training
     before, rng = state(model), torch.get_rng_state()
     args = model, batch_cross_entropy, cut(train, 4), cut(val, 4)
     one = influence_scores(
-        *args, solver=CG(max_iter=3), last_layer=last_layer, target='local', forward=how(kind), progress=False
+        *args,
+        solver=CG(max_iter=3),
+        last_layer=last_layer,
+        target='posterior',
+        forward=how(kind),
+        progress=False,
     )
-    crossed = cross_scores(*args, last_layer=last_layer, forward=how(kind), progress=False)
+    crossed = crossing(model, *args[2:], last_layer=last_layer, forward=how(kind))
     after = state(model)
     assert before[1:] == after[1:] and all(torch.equal(v, after[0][k]) for k, v in before[0].items())
     assert all(p.grad is None for p in model.parameters()) and torch.equal(rng, torch.get_rng_state())
@@ -461,7 +482,12 @@ def test_model_and_global_state_are_left_as_they_were(kind, last_layer, training
         torch.isfinite(one.values).all() and not one.values.requires_grad and not crossed.values.requires_grad
     )
     again = influence_scores(
-        *args, solver=CG(max_iter=3), last_layer=last_layer, target='local', forward=how(kind), progress=False
+        *args,
+        solver=CG(max_iter=3),
+        last_layer=last_layer,
+        target='posterior',
+        forward=how(kind),
+        progress=False,
     )
     assert torch.equal(again.values, one.values), 'dropout was active'
 
@@ -488,18 +514,9 @@ def test_a_training_copy_of_a_reference_sample_gets_its_score(seed, what, folds,
     "Held-out samples are scored exactly as if they were training samples; every one of them in one fold."
     model, train, val = net(seed), rows(10, seed), rows(9, seed + 1, 500)
     both = joined(train, {**val, 'index': val['index'] + 1000})
-    solver = Exact(damping=0.1)
-    found = cross_scores(
-        model,
-        batch_cross_entropy,
-        cut(both, 7),
-        cut(val, 4),
-        folds,
-        what,
-        solver,
-        last_layer,
-        seed=seed,
-        progress=False,
+    batches = cut(both, 7), cut(val, 4)
+    found = crossing(
+        model, *batches, what, folds=folds, seed=seed, solver=Exact(damping=0.1), last_layer=last_layer
     )
     fold = stratified_folds(val['y'], folds, seed)
     assert (
@@ -516,17 +533,8 @@ def test_a_training_copy_of_a_reference_sample_gets_its_score(seed, what, folds,
 @given(seeds, st.integers(2, 5), sizes)
 def test_the_target_of_a_fold_has_not_seen_its_reference(seed, folds, size):
     model, train, val = made(seed)
-    found = cross_scores(
-        model,
-        batch_cross_entropy,
-        cut(train, size),
-        cut(val, size),
-        folds,
-        'mean',
-        LAM,
-        progress=False,
-        seed=seed,
-    )
+    batches = cut(train, size), cut(val, size)
+    found = crossing(model, *batches, ('mean',), folds=folds, seed=seed, solver=LAM)
     fold = stratified_folds(val['y'], folds, seed)
     for k in range(folds):
         same(
@@ -549,7 +557,7 @@ def test_folds_are_balanced_within_each_class(labels, folds, seed):
 
 def test_loss_as_score_is_the_negative_loss():
     model, train, val = made(1)
-    found = cross_scores(model, batch_cross_entropy, cut(train, 5), cut(val), score='loss', progress=False)
+    found = crossing(model, cut(train, 5), cut(val), ('loss',))
     expected = -cross_entropy(model(train['x']), train['y'], reduction='none').detach()
     same(found.values, expected.expand(2, -1))
 
@@ -558,16 +566,7 @@ def test_loss_as_score_is_the_negative_loss():
 def test_every_solver_serves_cross_scores(last_layer):
     model, train, val = made(2)
     for solver in (Identity(), Exact(damping=0.1), CG(damping=0.1)):
-        found = cross_scores(
-            model,
-            batch_cross_entropy,
-            cut(train, 5),
-            cut(val),
-            score='mean',
-            solver=solver,
-            last_layer=last_layer,
-            progress=False,
-        )
+        found = crossing(model, cut(train, 5), cut(val), ('mean',), solver=solver, last_layer=last_layer)
         assert torch.isfinite(found.values).all(), solver
 
 
@@ -577,7 +576,7 @@ def test_every_solver_serves_cross_scores(last_layer):
 @pytest.mark.parametrize('last_layer', [True, False])
 def test_unfit_input_is_named(last_layer):
     model, train, val = made(0)
-    with pytest.raises(ValueError, match="target is 'median'.*'local'"):
+    with pytest.raises(ValueError, match="target is 'median'.*'posterior'"):
         score(model, train, val, target='median', last_layer=last_layer)
     for empty in (dict(train=[]), dict(val=[])):
         kwargs = dict(train=cut(train), val=cut(val)) | empty
@@ -585,12 +584,11 @@ def test_unfit_input_is_named(last_layer):
             influence_scores(
                 model, batch_cross_entropy, solver=Identity(), last_layer=last_layer, progress=False, **kwargs
             )
-    with pytest.raises(ValueError, match="score is 'self'.*local"):
-        cross_scores(model, batch_cross_entropy, cut(train), cut(val), score='self', last_layer=last_layer)
+    for unknown in ('self', 'mean', ['mean'], ('loss', 'mean')):
+        with pytest.raises(ValueError, match="score is .*'posterior', 'loss'"):
+            crossing(model, cut(train), cut(val), unknown, last_layer=last_layer)
     with pytest.raises(ValueError, match='folds is 10'):
-        cross_scores(
-            model, batch_cross_entropy, cut(train), cut(val), folds=10, last_layer=last_layer, progress=False
-        )
+        crossing(model, cut(train), cut(val), folds=10, last_layer=last_layer)
 
 
 def test_model_without_a_last_linear_layer_is_told_what_to_do():
@@ -603,3 +601,300 @@ def test_model_without_a_last_linear_layer_is_told_what_to_do():
 def test_text_without_forward_is_told_what_to_do():
     with pytest.raises(KeyError, match='forward=lambda model, batch'):
         score(build('words'), sentences(6, 0), sentences(6, 1), last_layer=True)
+
+
+BY_SAMPLE = {
+    '(b, 1)': lambda logits, batch: batch_cross_entropy(logits, batch)[:, None],
+    '(b, C)': lambda logits, batch: logits.log_softmax(1),
+    '()': lambda logits, batch: batch_cross_entropy(logits, batch).mean(),
+}
+
+
+class NoSolve:
+    "A solver that must not be reached"
+
+    n_samples = None
+
+    def inverse(self, operator, lam):
+        raise AssertionError('a solve')
+
+    def solve(self, operator, b, x0=None):
+        raise AssertionError('a solve')
+
+
+@pytest.mark.parametrize('last_layer', [True, False])
+@pytest.mark.parametrize('shape', BY_SAMPLE)
+def test_losses_that_are_not_one_per_sample_are_refused_before_a_solve(shape, last_layer):
+    model, train, val = made(0)
+    wrong, batches = BY_SAMPLE[shape], (cut(train, 5), cut(val, 5))
+    calls = [
+        lambda loss, val_loss: influence_scores(
+            model, loss, *batches, NoSolve(), last_layer=last_layer, val_loss=val_loss, progress=False
+        ),
+        lambda loss, val_loss: crossing(
+            model, *batches, loss=loss, val_loss=val_loss, solver=NoSolve(), last_layer=last_layer
+        ),
+    ]
+    if not last_layer:
+        calls.append(
+            lambda loss, val_loss: all_layer_scores(
+                model, loss, *batches, NoSolve(), val_loss=val_loss, progress=False
+            )
+        )
+    for call in calls:
+        for losses in ((wrong, batch_cross_entropy), (batch_cross_entropy, wrong)):
+            with pytest.raises(ValueError, match=r'shape \(.*give one value per sample, \(b,\)'):
+                call(*losses)
+    with pytest.raises(ValueError, match=r'shape \(.*give one value per sample, \(b,\)'):
+        self_influence(model, wrong, batches[0], NoSolve(), last_layer, progress=False)
+
+
+# Precision
+
+
+def in_dtype(model, batches, dtype):
+    "A copy of the model and of its batches in another precision"
+    cast = lambda v: v.to(dtype) if v.is_floating_point() else v
+    return copy.deepcopy(model).to(dtype), [
+        [{k: cast(v) for k, v in b.items()} for b in part] for part in batches
+    ]
+
+
+@pytest.mark.parametrize('last_layer', [True, False])
+@pytest.mark.parametrize('target', TARGETS)
+def test_double_precision_agrees_with_single(target, last_layer):
+    model, train, val = made(6, n=40, m=20)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        moved, (ours, theirs) = in_dtype(model, (cut(train, 7), cut(val, 7)), dtype)
+        args = moved, batch_cross_entropy, ours, theirs, LAM, target, last_layer
+        found.append(influence_scores(*args, progress=False).values)
+        assert found[-1].dtype == dtype
+    assert (found[0] - found[1]).norm() < 1e-3 * found[1].norm()
+
+
+@pytest.mark.parametrize('last_layer', [True, False])
+def test_a_wide_layer_in_double_precision_and_other_scores_agree_with_single(last_layer):
+    "More than 3,000 parameters in the last layer: conjugate gradients on sampled rows"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        wide = nn.Sequential(nn.Linear(3, 1200), nn.Tanh(), nn.Linear(1200, C)) if last_layer else net()
+    batches, found = (cut(rows(60, 1), 9), cut(rows(30, 2, 500), 9)), {}
+    for dtype in (torch.float32, torch.float64):
+        model, (train, val) = in_dtype(wide, batches, dtype)
+        args = model, batch_cross_entropy, train
+        cg = CG(damping=0.1, max_iter=100, tol=1e-6, n_samples=None)
+        found[dtype] = (
+            influence_scores(*args, val, cg, last_layer=last_layer, progress=False).values,
+            self_influence(*args, last_layer=last_layer, progress=False).values,
+            crossing(model, train, val, solver=cg, last_layer=last_layer).values,
+        )
+    for one, two in zip(*found.values()):
+        assert (one - two).norm() < 2e-3 * two.norm()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32_from_the_features(dtype):
+    "Equal to the scores of the head alone, in float32, on the features of the model in half precision"
+    half, batches = in_dtype(net(7), (cut(rows(40, 8), 9), cut(rows(20, 9, 500), 9)), dtype)
+    head = copy.deepcopy(half[2]).float()
+    with torch.no_grad():
+        features = [[{**b, 'x': half[:2](b['x']).float()} for b in part] for part in batches]
+    for target in TARGETS:
+        found, expected = (
+            influence_scores(m, batch_cross_entropy, *parts, target=target, progress=False).values
+            for m, parts in ((half, batches), (head, features))
+        )
+        assert found.dtype == torch.float32
+        same(found, expected, 1e-5)
+    same(
+        *(
+            self_influence(m, batch_cross_entropy, p[0], progress=False).values
+            for m, p in ((half, batches), (head, features))
+        ),
+        1e-5,
+    )
+    same(*(crossing(m, *p).values for m, p in ((half, batches), (head, features))), 1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_all_layers_in_half_precision_are_refused_before_any_work(dtype):
+    half, (train, val) = in_dtype(net(), (cut(rows(12, 1), 5), cut(rows(9, 2, 500), 5)), dtype)
+    fails = lambda logits, batch: pytest.fail('work was done')
+    for call in (
+        lambda: influence_scores(half, fails, train, val, last_layer=False, progress=False),
+        lambda: all_layer_scores(half, fails, train, val, progress=False),
+        lambda: self_influence(half, fails, train, last_layer=False, progress=False),
+        lambda: crossing(half, train, val, loss=fails, last_layer=False),
+    ):
+        with pytest.raises(TypeError, match='float32 or float64: use model.float'):
+            call()
+
+
+# Another order in each pass, and passes that are saved
+
+
+class Shuffled:
+    "A loader that gives its samples in another order in each pass"
+
+    def __init__(self, data, size=5):
+        self.data, self.size, self.passes = data, size, 0
+
+    def __iter__(self):
+        self.passes += 1
+        g = torch.Generator().manual_seed(self.passes)
+        return iter(cut(pick(self.data, torch.randperm(len(self.data['index']), generator=g)), self.size))
+
+
+@pytest.mark.parametrize('last_layer', [True, False])
+@pytest.mark.parametrize('target', TARGETS)
+def test_a_loader_that_shuffles_gets_scores_bound_to_the_index_or_is_refused(target, last_layer):
+    model, train, val = made(3)
+    exact = influence_scores(
+        model, batch_cross_entropy, cut(train), cut(val), LAM, target, last_layer, progress=False
+    )
+    try:
+        found = influence_scores(
+            model, batch_cross_entropy, Shuffled(train), cut(val), LAM, target, last_layer, progress=False
+        )
+    except ValueError as error:
+        assert 'fixed order' in str(error) and target == 'posterior' and not last_layer
+    else:
+        same(found.values[found.index.argsort()], exact.values)
+    shuffled = lambda: influence_scores(
+        model, batch_cross_entropy, cut(train), Shuffled(val), LAM, target, last_layer, progress=False
+    )
+    if target == 'sample':  # a column for each validation sample, without an index
+        with pytest.raises(ValueError, match='fixed order'):
+            shuffled()
+    else:
+        same(shuffled().values, exact.values)
+
+
+@pytest.mark.parametrize('last_layer', [True, False])
+def test_other_scores_of_a_loader_that_shuffles(last_layer):
+    model, train, val = made(4)
+    own = [
+        self_influence(model, batch_cross_entropy, b, LAM, last_layer, progress=False)
+        for b in (cut(train), Shuffled(train))
+    ]
+    same(own[1].values[own[1].index.argsort()], own[0].values)
+    exact = crossing(model, cut(train), cut(val), solver=LAM, last_layer=last_layer)
+    crossed = lambda: crossing(model, Shuffled(train), cut(val), solver=LAM, last_layer=last_layer)
+    if last_layer:
+        found = crossed()
+        same(found.values[:, found.index.argsort()], exact.values)
+    else:
+        with pytest.raises(ValueError, match='fixed order'):
+            crossed()
+
+
+def test_known_losses_ask_for_a_fixed_order():
+    "Also where the first batch comes in the same order in each pass, and the others do not"
+    model, train, val = made(5)
+    losses = cross_entropy(model(train['x']), train['y'], reduction='none').detach()
+
+    class Later(Shuffled):
+        def __iter__(self):
+            return iter([pick(train, slice(6)), *super().__iter__()])
+
+    batches = Later(pick(train, slice(6, None)))
+    options = AllLayerOptions(mode='finite', losses=losses)
+    with pytest.raises(ValueError, match='fixed order'):
+        all_layer_scores(model, batch_cross_entropy, batches, cut(val), LAM, options=options, progress=False)
+    known = all_layer_scores(
+        model, batch_cross_entropy, cut(train), cut(val), LAM, options=options, progress=False
+    )
+    same(known.values, score(model, train, val).values, 1e-3)
+
+
+class Counted:
+    "Batches that count how often they are read"
+
+    def __init__(self, batches):
+        self.batches, self.passes = batches, 0
+
+    def __iter__(self):
+        self.passes += 1
+        yield from self.batches
+
+
+@quick
+@given(seeds, sizes, st.integers(1, 15))
+def test_a_known_number_of_samples_saves_a_pass_and_changes_nothing(seed, size, most):
+    model, train, val = made(seed)
+    views, passes = [], []
+    for n in (None, 12):
+        batches = Counted(cut(train, size))
+        views.append(
+            last_layer_view(
+                model, batch_cross_entropy, batches, max_hessians=most, progress=False, n_samples=n
+            )
+        )
+        passes.append(batches.passes)
+    assert passes == [2, 1]
+    for name in ('features', 'logits', 'losses', 'logit_gradient', 'logit_hessians', 'hessian_rows', 'index'):
+        assert torch.equal(getattr(views[0], name), getattr(views[1], name)), name
+
+
+def test_known_numbers_of_samples_for_cross_scores():
+    model, train, val = made(1)
+    both = [Counted(cut(train, 5)), Counted(cut(val, 4))]
+    views = last_layer_views(model, batch_cross_entropy, *both, progress=False, n_samples=12, n_val=9)
+    assert [b.passes for b in both] == [1, 1]
+    found = cross_scores(model, batch_cross_entropy, *both, scoring=Scoring(progress=False), views=views)
+    assert [b.passes for b in both] == [1, 1], 'views save every pass'
+    assert torch.equal(found.values, crossing(model, *(b.batches for b in both)).values)
+    for wrong in (11, 13):
+        with pytest.raises(ValueError, match=f'n_samples is {wrong}, but the batches hold 12'):
+            last_layer_view(model, batch_cross_entropy, cut(train, 5), None, 5, False, wrong)
+
+
+# What the scores are made of
+
+
+def test_the_posterior_target_reads_the_class_scores_at_the_models_own_probabilities():
+    "Not at uniform probabilities: those would give a mean over the classes"
+    model, train, val = made(8)
+    for last_layer in (True, False):
+        by_class, posterior = (
+            score(model, train, val, target=t, last_layer=last_layer).values for t in ('class', 'posterior')
+        )
+        p = model(train['x']).softmax(1).detach()
+        same(posterior, (p * by_class).sum(1))
+        assert (posterior - by_class.mean(1)).norm() > 0.05 * posterior.norm()
+        crossed = crossing(model, cut(train), cut(val), ('posterior',), solver=LAM, last_layer=last_layer)
+        fold = stratified_folds(val['y'], 2, 0)
+        both = joined(train, val)
+        for k in (0, 1):
+            rest = score(model, both, pick(val, fold != k), target='class', last_layer=last_layer).values
+            same(crossed.values[k], (p * rest[:12]).sum(1))
+
+
+@quick
+@given(seeds, st.floats(0.01, 100), st.floats(0.01, 100))
+def test_parts_of_a_score_count_alike_whatever_their_units(seed, a, b):
+    "Each part is divided by its standard deviation over the training set; so both have the same weight"
+    g = torch.Generator().manual_seed(seed)
+    influence, losses = torch.randn(20, generator=g).double(), torch.rand(20, generator=g).double()
+    combined = lambda i, l: combine_scores(i, l, ('mean', 'loss'), i, l)
+    expected = influence / influence.std() - losses / losses.std()
+    same(combined(influence, losses), expected)
+    same(combined(a * influence, b * losses), expected, 1e-7)
+    reference = combine_scores(a * influence[:3], b * losses[:3], ('mean', 'loss'), a * influence, b * losses)
+    same(reference, expected[:3], 1e-7)
+    assert torch.equal(combine_scores(influence, losses, ('mean',), influence, losses), influence)
+    assert torch.equal(combine_scores(influence, losses, ('loss',), influence, losses), -losses)
+
+
+def test_the_last_layer_is_the_default_everywhere():
+    "One constant, and three functions that follow it"
+    default = lambda f: inspect.signature(f).parameters['last_layer'].default
+    assert LAST_LAYER is True and Scoring().last_layer is LAST_LAYER
+    assert default(influence_scores) is default(self_influence) is LAST_LAYER
+    assert len(inspect.signature(influence_scores).parameters) == 10
+    model, train, val = made(2)
+    args = model, batch_cross_entropy, cut(train), cut(val)
+    assert torch.equal(
+        influence_scores(*args, LAM, progress=False).values, score(model, train, val, last_layer=True).values
+    )

@@ -1,4 +1,4 @@
-"Ground truth by retraining: the runner (cache, resume, processes, interrupts), the linear datamodelling score as a property, leave one out, messages of mistakes."
+"Retraining: the runner (cache, resume, processes, interrupts), the linear datamodelling score as a property, leave one out, messages of mistakes."
 
 import math, os, pickle, re, signal, subprocess, sys, time
 from functools import partial
@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import spearmanr
 from kd_aif.influence.scores import InfluenceScores
 from kd_aif.influence.datamodelling import LDS, Ceiling, half_subsets, lds, lds_ceiling, predicted_losses
-from kd_aif.influence.retraining import LeaveOneOut, Refits, loo_scores, refit
+from kd_aif.influence.retraining import LeaveOneOut, RetrainedLosses, loo_scores, retrain
 
 many = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 10_000)
@@ -32,17 +32,17 @@ def fit(rows, seed, log=None, nan=(), pause=0., die=False):
 def fit(tmp_path_factory):
     "The function above, from a module that other processes can import."
     folder = tmp_path_factory.mktemp('modules')
-    (folder / 'truth_toy.py').write_text(SOURCE)
+    (folder / 'retraining_toy.py').write_text(SOURCE)
     sys.path.insert(0, str(folder))
-    import truth_toy
+    import retraining_toy
 
-    yield truth_toy.fit
+    yield retraining_toy.fit
     sys.path.remove(str(folder))
-    del sys.modules['truth_toy']
+    del sys.modules['retraining_toy']
 
 
 def run(fit, subsets, *args, **kwargs):
-    return refit(fit, subsets, *args, progress=False, **kwargs)
+    return retrain(fit, subsets, *args, progress=False, **kwargs)
 
 
 def lines(file):
@@ -126,12 +126,12 @@ import multiprocessing, signal, sys, time
 from functools import partial
 import torch
 sys.path.insert(0, sys.argv[1])
-from truth_toy import fit
+from retraining_toy import fit
 if multiprocessing.current_process().name.endswith('-2'): time.sleep(float(sys.argv[4])) # the second process is late
-from kd_aif.truth import refit
+from kd_aif.influence.retraining import retrain
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler) # also where the shell that runs the tests ignores it
-    refit(partial(fit, log=sys.argv[3], pause=.2), [torch.arange(k) for k in range(2, 60)], folder=sys.argv[2], processes=2, key=dict(what='toy'))
+    retrain(partial(fit, log=sys.argv[3], pause=.2), [torch.arange(k) for k in range(2, 60)], folder=sys.argv[2], processes=2, key=dict(what='toy'))
 '''
 
 
@@ -139,7 +139,7 @@ if __name__ == '__main__':
 @pytest.mark.skipif(os.name != 'posix', reason='signals to a group of processes')
 def test_ctrl_c_in_a_terminal_with_two_processes(fit, tmp_path, late):
     module, cache, log = (
-        os.path.dirname(sys.modules['truth_toy'].__file__),
+        os.path.dirname(sys.modules['retraining_toy'].__file__),
         tmp_path / 'cache',
         tmp_path / 'log',
     )
@@ -187,7 +187,7 @@ def test_a_foreign_folder_is_refused(fit, tmp_path):
     before = {f: f.read_bytes() for f in tmp_path.iterdir()}
     never = lambda rows, seed: pytest.fail('it was trained')
     for key in (dict(what='toy', size=4), dict(what='toy'), dict(KEY, more=1)):
-        with pytest.raises(ValueError, match='holds refits with key.*use another folder'):
+        with pytest.raises(ValueError, match='holds retraining runs with key.*use another folder'):
             run(never, sizes(3, 5), [0], tmp_path, key=key)
     for other in (sizes(5, 3), sizes(3, 6), [torch.arange(3).flip(0), torch.arange(5)], sizes(4)):
         with pytest.raises(ValueError, match='2 other subsets'):
@@ -297,7 +297,7 @@ def test_faults_of_other_processes_are_explained(fit, tmp_path, monkeypatch):
 
 def test_file_and_display(tmp_path):
     found = additive(effects(9, 4, 0), sizes(3, 5), seeds=(3, 1))
-    again = Refits.load(found.save(tmp_path / 'new' / 'refits.safetensors'))
+    again = RetrainedLosses.load(found.save(tmp_path / 'new' / 'refits.safetensors'))
     assert (
         torch.equal(again.losses, found.losses)
         and again.seeds == (3, 1)
@@ -379,8 +379,8 @@ def test_only_ranks_matter(seed, scale, shift, per_query):
         assert lds(other, measured, bootstrap=50).value == pytest.approx(found.value)
     assert lds(-scores, measured, bootstrap=50).value == pytest.approx(-found.value)
     if per_query:
-        bent = Refits(measured.mean[:, None].exp(), measured.subsets, (0,))
-        assert lds(scores, bent, bootstrap=50).value == pytest.approx(found.value)
+        transformed = RetrainedLosses(measured.mean[:, None].exp(), measured.subsets, (0,))
+        assert lds(scores, transformed, bootstrap=50).value == pytest.approx(found.value)
 
 
 @many
@@ -494,7 +494,10 @@ def test_noise_alone_has_a_low_ceiling():
     assert math.isnan(found.mean)
     noise = torch.randn(40, 4, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert (
-        lds_ceiling(Refits(noise, tuple(half_subsets(40, 40)), tuple(range(4)))).reliability_per_query < 0.25
+        lds_ceiling(
+            RetrainedLosses(noise, tuple(half_subsets(40, 40)), tuple(range(4)))
+        ).reliability_per_query
+        < 0.25
     )
 
 
@@ -503,7 +506,7 @@ def test_ceiling_is_what_the_truth_reaches(count):
     "With noise of known size: the score of the true effects is near the ceiling, which also for an odd number of seeds extrapolates to all of them."
     effect, subsets = effects(100, 20, 1), half_subsets(100, 120)
     noise = torch.randn(120, count, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 8
-    measured = Refits(
+    measured = RetrainedLosses(
         -torch.stack([effect[s].sum(0) for s in subsets])[:, None] + noise,
         tuple(subsets),
         tuple(range(count)),

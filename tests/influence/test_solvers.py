@@ -3,12 +3,13 @@
 import copy
 
 import pytest, torch
+from kd_aif.influence.solvers import resolve_damping
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.func import hessian, jacrev
 from kd_aif.foundation.core import evaluating
 from kd_aif.influence.curvature import FlatModel, GaussNewton
-from kd_aif.influence.sampled_rows import logit_roots
+from kd_aif.influence.logit_hessians import logit_roots
 from kd_aif.influence.last_layer import LastLayerGaussNewton, last_layer_view
 from kd_aif.influence.kronecker import (
     kronecker_inverse,
@@ -175,12 +176,12 @@ def test_iterative_solvers_reach_their_tolerance(kind, solver):
     G = SimpleMatrix(dense(task(kind)[1]))
     b = random(G.size, 3)
     A = G.A + LAM * torch.eye(G.size, dtype=torch.float64)
-    found = solver.solve(G, b)
-    assert found.residual <= 1e-6
-    assert abs(found.residual - float(((A @ found.x - b).norm(dim=0) / b.norm(dim=0)).max())) < 1e-9
-    near(found.x, torch.linalg.solve(A, b), 1e-4)  # the condition number is below 100
+    solution = solver.solve(G, b)
+    assert solution.residual <= 1e-6
+    assert abs(solution.residual - float(((A @ solution.x - b).norm(dim=0) / b.norm(dim=0)).max())) < 1e-9
+    near(solution.x, torch.linalg.solve(A, b), 1e-4)  # the condition number is below 100
     for i in range(3):  # each column alone
-        near(solver.solve(G, b[:, i]).x, found.x[:, i], 1e-5)
+        near(solver.solve(G, b[:, i]).x, solution.x[:, i], 1e-5)
 
 
 @pytest.mark.parametrize('depth', [1, 2, 7, 50])
@@ -193,18 +194,18 @@ def test_lissa_is_the_truncated_neumann_series(depth):
     reference = (
         NeumannInverseLinearOperator(TensorLinearOperator(A), num_terms=depth - 1, scale=1 / 4.0) @ b
     )  # their scale is the inverse of ours
-    found = LiSSA(LAM, depth=depth, scale=4.0, tol=0.0).solve(G, b)
-    near(found.x, reference, 1e-12)
-    assert found.products == depth
+    solution = LiSSA(LAM, depth=depth, scale=4.0, tol=0.0).solve(G, b)
+    near(solution.x, reference, 1e-12)
+    assert solution.matvecs == depth
 
 
 def test_power_iteration_and_scale():
     flat, G = task('mlp')
     top = float(torch.linalg.eigvalsh(dense(G))[-1])
-    value, products = largest_eigenvalue(G, random(G.size))
-    assert 0.9 * top < value <= top * (1 + 1e-9) and products <= 20
+    value, matvecs = largest_eigenvalue(G, random(G.size))
+    assert 0.9 * top < value <= top * (1 + 1e-9) and matvecs <= 20
     b = random(G.size)
-    assert LiSSA(LAM, depth=5, tol=0.0).solve(G, b).products == products + 5
+    assert LiSSA(LAM, depth=5, tol=0.0).solve(G, b).matvecs == matvecs + 5
 
 
 @pytest.mark.parametrize(
@@ -214,10 +215,10 @@ def test_warm_start_zero_and_stopping(make):
     G = SimpleMatrix(dense(task('mlp')[1]))
     b, exact = random(G.size), Exact(LAM).solve(G, random(G.size)).x
     cold, warm = make(1e-5).solve(G, b), make(1e-5).solve(G, b, x0=exact * (1 + 1e-4))
-    assert warm.products < cold.products / 2 and warm.residual <= 1e-5
+    assert warm.matvecs < cold.matvecs / 2 and warm.residual <= 1e-5
     near(make(1e-5).solve(G, b, x0=cold.x).x, exact, 1e-3)
     assert make(1e-5).solve(G, 0 * b).x.abs().max() == 0
-    assert make(1e-2).solve(G, b).products < cold.products
+    assert make(1e-2).solve(G, b).matvecs < cold.matvecs
 
 
 def test_lbfgs_is_conjugate_gradients_on_a_quadratic():
@@ -266,16 +267,18 @@ def test_equal_to_curvlinops_on_cross_entropy(solver, kind, approx):
     flat, G = task(kind)
     names, b = kronecker_names(flat, G.batches[0]), random(G.size, 2)
     assert len(names) == dict(mlp=4, conv=5, attention=8)[kind]
-    found = solver(LAM, approx=approx, fisher='type-2').solve(G, b)
+    solution = solver(LAM, approx=approx, fisher='type-2').solve(G, b)
     flat.model.eval()
     part = mask(flat, names)
     # with 'reduce' a factor has null directions in which single samples do have a gradient: there the axes of EK-FAC are a matter of chance
     chance = solver is EKFAC and approx == 'reduce' and kind == 'attention'
-    near(found.x[part], theirs(flat, G, names, solver is EKFAC, approx) @ b[part], 1e-2 if chance else 1e-10)
+    near(
+        solution.x[part], theirs(flat, G, names, solver is EKFAC, approx) @ b[part], 1e-2 if chance else 1e-10
+    )
     for i in range(2):
         torch.testing.assert_close(
             solver(LAM, approx=approx, fisher='type-2').solve(G, b[:, i]).x,
-            found.x[:, i],
+            solution.x[:, i],
             rtol=1e-10,
             atol=1e-12,
         )
@@ -327,24 +330,24 @@ def test_distillation_factors_by_hand(solver):
         full = torch.einsum('nij,nk,nl->ikjl', H, a, a).reshape(650, 650) / n
         F = Q @ torch.diag((Q.T @ full @ Q).diagonal()) @ Q.T
     by_hand = torch.linalg.solve(F + LAM * torch.eye(650).double(), v.flatten()).reshape(10, 65)
-    found = solver(LAM, fisher='type-2').solve(G, torch.cat([v[:, :64].flatten(), v[:, 64]])).x
-    near(found, torch.cat([by_hand[:, :64].flatten(), by_hand[:, 64]]), 1e-10)
+    solution = solver(LAM, fisher='type-2').solve(G, torch.cat([v[:, :64].flatten(), v[:, 64]])).x
+    near(solution, torch.cat([by_hand[:, :64].flatten(), by_hand[:, 64]]), 1e-10)
 
 
 @BOTH
 def test_last_layer_agrees_with_the_generic_path(solver):
     flat, G = linear_task()
-    view = last_layer_view(flat.model, kd, G.batches, max_bend=100, progress=False)
+    view = last_layer_view(flat.model, kd, G.batches, max_hessians=100, progress=False)
     b = random(650, 2)
-    found = (
+    solution = (
         solver(LAM, fisher='type-2')
         .solve(G, torch.cat([b.reshape(10, 65, 2)[:, :64].reshape(640, 2), b.reshape(10, 65, 2)[:, 64]]))
         .x
     )
     closed = solver(LAM, check=True).solve(LastLayerGaussNewton(view), b)
     x = closed.x.reshape(10, 65, 2)
-    near(torch.cat([x[:, :64].reshape(640, 2), x[:, 64]]), found, 1e-9)
-    assert 0 < closed.residual < 1 and closed.products == 2
+    near(torch.cat([x[:, :64].reshape(640, 2), x[:, 64]]), solution, 1e-9)
+    assert 0 < closed.residual < 1 and closed.matvecs == 2
 
 
 @BOTH
@@ -379,7 +382,7 @@ def test_residual_on_demand_and_note(solver, kind):
     flat, G = task(kind)
     b = random(G.size, 2)
     quiet, told = solver(LAM).solve(G, b), solver(LAM, check=True).solve(G, b)
-    assert quiet.residual != quiet.residual and quiet.products == 0 and told.products == 2
+    assert quiet.residual != quiet.residual and quiet.matvecs == 0 and told.matvecs == 2
     r = (G @ told.x) + LAM * told.x - b
     assert abs(told.residual - float((r.norm(dim=0) / b.norm(dim=0)).max())) < 1e-12
     assert 'diagonal for' in told.note
@@ -434,10 +437,10 @@ def test_frozen_parameters(solver):
         part = FlatModel(flat.model, names=names)
         op = GaussNewton(part, G.batches)
         b = random(op.size)
-        found = solver(LAM, fisher='type-2').solve(op, b).x
+        solution = solver(LAM, fisher='type-2').solve(op, b).x
         assert [p.requires_grad for p in flat.model.parameters()] == [False, False, True, True]
         free = FlatModel(copy.deepcopy(flat.model).requires_grad_(True), names=names)
-        near(found, theirs(free, op, names, solver is EKFAC, 'expand') @ b, 1e-10)
+        near(solution, theirs(free, op, names, solver is EKFAC, 'expand') @ b, 1e-10)
 
 
 class Odd(nn.Module):
@@ -476,10 +479,10 @@ def test_layers_without_a_block_never_crash(solver):
     )  # 16 tokens in batches of 16: the first dimension alone does not tell them apart
     assert kronecker_names(flat, G.batches[0]) == ['head.weight', 'head.bias']
     b = random(G.size)
-    found = solver(LAM).solve(G, b)
-    assert torch.isfinite(found.x).all()
+    solution = solver(LAM).solve(G, b)
+    assert torch.isfinite(solution.x).all()
     unused = mask(flat, ['unused.weight', 'unused.bias', 'side.weight'])
-    torch.testing.assert_close(found.x[unused], b[unused] / LAM)
+    torch.testing.assert_close(solution.x[unused], b[unused] / LAM)
 
 
 @BOTH
@@ -507,9 +510,9 @@ def test_real_networks_in_single_precision(solver, name):
     )
     flat = FlatModel(model)
     G = GaussNewton(flat, cut(data, 4))
-    found = solver(LAM).solve(G, torch.ones(flat.size))
+    solution = solver(LAM).solve(G, torch.ones(flat.size))
     assert (
-        torch.isfinite(found.x).all() and float(found.x.norm()) <= 1.001 * flat.size**0.5 / LAM
+        torch.isfinite(solution.x).all() and float(solution.x.norm()) <= 1.001 * flat.size**0.5 / LAM
     )  # no eigenvalue below λ
 
 
@@ -541,7 +544,7 @@ def test_errors_name_the_remedy(solver):
 def test_preconditioner_leaves_the_answer(solver):
     flat, G = task('conv')
     b, A = random(G.size), SimpleMatrix(dense(G))
-    apply, _ = kronecker_inverse(G, LAM, corrected=solver is EKFAC)
+    apply, _ = kronecker_inverse(G, LAM, eigenvalue_corrected=solver is EKFAC)
     near(CG(LAM, max_iter=200, tol=1e-9, preconditioner=apply).solve(A, b).x, Exact(LAM).solve(A, b).x, 1e-7)
 
 
@@ -572,10 +575,34 @@ def test_sampled_diagonal_without_curvature():
 
 def test_last_layer_diagonal():
     flat, G = linear_task()
-    closed = LastLayerGaussNewton(last_layer_view(flat.model, kd, G.batches, max_bend=100, progress=False))
+    closed = LastLayerGaussNewton(
+        last_layer_view(flat.model, kd, G.batches, max_hessians=100, progress=False)
+    )
     near(last_layer_diagonal(closed), closed.dense().diagonal(), 1e-12)
 
 
 def test_automatic_damping():
     flat, G = task('mlp')
     assert EKFAC().solve(G, random(G.size)).damping == CG().solve(G, random(G.size)).damping
+
+
+def test_automatic_damping_is_two_and_a_half_mean_eigenvalues():
+    "Of a matrix that knows its trace, and of one that has to be probed"
+
+    class Known:
+        size = 4
+
+        def trace(self):
+            return 8.0
+
+    damping, matvecs = resolve_damping('auto', Known(), torch.zeros(4))
+    assert damping == pytest.approx(5.0) and matvecs == 0
+
+    class Probed:
+        size = 50
+
+        def __matmul__(self, v):
+            return 2.0 * v
+
+    damping, matvecs = resolve_damping('auto', Probed(), torch.zeros(50))
+    assert damping == pytest.approx(5.0, rel=1e-4) and matvecs > 0
