@@ -6,7 +6,17 @@ from torch import nn
 from kd_aif.influence.cross_scores import last_layer_views
 from kd_aif.influence.last_layer import LastLayerGaussNewton, last_layer_view
 from kd_aif.foundation.losses import batch_cross_entropy
-from kd_aif.weights.class_weights import ClassNeeds, Need, class_need, reliability
+from kd_aif.data.training_set import TrainingSet
+from kd_aif.foundation.splits import stratified_folds
+from kd_aif.influence.solvers import Exact
+from kd_aif.weights import class_weights as class_weights_module
+from kd_aif.weights.class_weights import (
+    ClassShares,
+    ClassWeighting,
+    ClassWeights,
+    class_influence,
+    split_half_reliability,
+)
 
 C, D = 5, 6
 
@@ -48,9 +58,20 @@ def fitted(data, weights=None, ridge=1e-3):
     return model
 
 
-def measured(model, train, val, v=None, **kw):
-    share = torch.bincount(train['y'], minlength=C).double() * (1.0 if v is None else v)
-    return class_need(model, batches(train), batches(val), share / share.sum(), torch.zeros(C), **kw)
+def view(model, data, **kw):
+    return last_layer_view(model, batch_cross_entropy, batches(data), progress=False, **kw)
+
+
+def measured(model, train, val):
+    share = torch.bincount(train['y'], minlength=C).double()
+    t, v = view(model, train, max_hessians=4000), view(model, val)
+    return class_influence(t, v, v, ClassShares(share / share.sum(), torch.zeros(C)))
+
+
+def class_weights(train, val, include_validation=True, settings=ClassWeighting(), **kw):
+    "`train` and `val` are columns, or batches"
+    both = (batches(d) if isinstance(d, dict) else d for d in (train, val))
+    return ClassWeights(settings, TrainingSet(*both, include_validation), C, **kw)
 
 
 val = clouds([120] * C, 1)
@@ -60,7 +81,7 @@ even = clouds([150] * C, 3)
 
 def test_rare_classes_are_needed_and_both_halves_say_so():
     halves = measured(fitted(tail), tail, val)
-    assert halves.shape == (2, C) and reliability(halves, 0.05) > 0.8
+    assert halves.shape == (2, C) and split_half_reliability(halves, 0.05) > 0.8
     assert halves.mean(0).argmax() >= 3 and halves.mean(0).argmin() == 0
 
 
@@ -81,7 +102,8 @@ def test_nothing_is_needed_where_both_sets_ask_for_the_same():
         )
     assert influence[1].std() < 0.2 * influence[0].std(), 'the gap takes out what training does by itself'
     acted = sum(
-        reliability(measured(model, clouds([150] * C, 10 + i), clouds([120] * C, 50 + i)), 0.01) > 0
+        split_half_reliability(measured(model, clouds([150] * C, 10 + i), clouds([120] * C, 50 + i)), 0.01)
+        > 0
         for i in range(40)
     )
     assert acted <= 3
@@ -106,7 +128,7 @@ def test_it_is_the_slope_of_the_validation_loss():
 
 def test_class_weights_come_to_rest():
     "Followed to the end on a convex model, the gap closes, and the validation loss falls"
-    needs = ClassNeeds(Need(eta=0.3, significance=0.2), batches(tail), batches(val), C, train_on_val=False)
+    needs = class_weights(tail, val, False, ClassWeighting(eta=0.3, significance=0.2))
     ones, losses, found = torch.ones(len(tail['y'])), [], []
     for _ in range(12):
         model = fitted(tail, needs.values.float()[tail['y']])
@@ -125,11 +147,11 @@ def test_steps_have_no_scale_and_keep_the_order(seed, scale):
         + 0.05 * torch.randn(2, 8, generator=generator(seed + 1)).double()
     )
     v = torch.rand(8, generator=generator(seed)).double() + 0.5
-    new = Need().update(v, halves)
-    assert torch.allclose(new, Need().update(v, scale * halves)) and torch.allclose(
-        new, Need().update(v, halves + 3.0)
+    new = ClassWeighting().update(v, halves)
+    assert torch.allclose(new, ClassWeighting().update(v, scale * halves)) and torch.allclose(
+        new, ClassWeighting().update(v, halves + 3.0)
     )
-    if reliability(halves, 0.01):
+    if split_half_reliability(halves, 0.01):
         assert torch.equal((new / v).argsort(), halves.mean(0).argsort())
     else:
         assert torch.equal(new, v)
@@ -146,8 +168,8 @@ def test_steps_have_no_scale_and_keep_the_order(seed, scale):
     ids=['zero', 'equal', 'two classes', 'opposite'],
 )
 def test_nothing_to_go_by_means_rest(halves):
-    assert reliability(halves) == 0 and torch.equal(
-        Need().update(torch.ones(halves.shape[1]), halves), torch.ones(halves.shape[1])
+    assert split_half_reliability(halves) == 0 and torch.equal(
+        ClassWeighting().update(torch.ones(halves.shape[1]), halves), torch.ones(halves.shape[1])
     )
 
 
@@ -156,10 +178,13 @@ def test_bad_labels_do_not_count():
     g, model = generator(5), fitted(tail)
     bad = clouds([30] * C, 6)
     bad['y'] = torch.randint(C, (150,), generator=g)
-    both = {k: torch.cat([tail[k], bad[k]]) for k in tail}
+    both = {k: torch.cat([tail[k], bad[k]]) for k in tail} | dict(index=torch.arange(len(tail['y']) + 150))
     w = torch.cat([torch.ones(len(tail['y'])), torch.zeros(150)])
-    needs = ClassNeeds(Need(per_class=1000), batches(both), batches(val), C, train_on_val=False)
-    assert reliability(needs.measure(model, w), 0.05) > 0.8 and needs.measure(model, w).mean(0).argmin() == 0
+    needs = class_weights(both, val, False, ClassWeighting(per_class=1000))
+    assert (
+        split_half_reliability(needs.measure(model, w), 0.05) > 0.8
+        and needs.measure(model, w).mean(0).argmin() == 0
+    )
 
 
 def test_what_is_asked_only_once_looks_closer():
@@ -168,28 +193,23 @@ def test_what_is_asked_only_once_looks_closer():
 
     def wanted(first_look):
         return [
-            ClassNeeds(
-                Need(per_class=2, first_look=first_look),
-                batches(tail),
-                batches(val),
-                C,
-                train_on_val=False,
-                seed=seed,
-            ).wanted(model, ones)
+            class_weights(
+                tail, val, False, ClassWeighting(per_class=2, pilot_per_class=first_look), seed=seed
+            ).are_needed(model, ones)
             for seed in range(12)
         ]
 
     assert sum(wanted(1000)) >= 6 + sum(wanted(2))
-    needs = ClassNeeds(Need(per_class=2, first_look=1000), batches(tail), batches(val), C, train_on_val=False)
-    needs.wanted(model, ones)
-    assert sum(len(b['y']) for b in needs.train) == 2 * C and torch.equal(
+    needs = class_weights(tail, val, False, ClassWeighting(per_class=2, pilot_per_class=1000))
+    needs.are_needed(model, ones)
+    assert sum(len(b['y']) for b in needs.batches[0]) == 2 * C and torch.equal(
         needs.values, torch.ones(C).double()
     )
 
 
 def test_a_class_without_training_samples_changes_nothing_else():
     data = {k: v[tail['y'] != 4] for k, v in tail.items()}
-    needs = ClassNeeds(Need(), batches(data), batches(val), C, train_on_val=False)
+    needs = class_weights(data, val, False)
     halves = needs.measure(fitted(tail), torch.ones(len(data['y'])))
     assert (
         torch.isfinite(halves).all()
@@ -202,22 +222,24 @@ def test_a_class_without_training_samples_changes_nothing_else():
 @pytest.mark.parametrize('share', [0.1, 0.25, 0.6, 2.0])
 def test_no_more_is_looked_at_than_is_allowed(share, train_on_val):
     "Updates become rare, not small: as many samples per epoch as allowed, and so many steps in one."
-    needs = ClassNeeds(
-        Need(share=share, per_class=20), batches(tail), batches(val), C, train_on_val=train_on_val
-    )
+    settings = ClassWeighting(max_fraction=share, per_class=20)
+    needs = class_weights(tail, val, train_on_val, settings)
     looked, trains = len(needs.rows) + len(val['y']), len(tail['y']) + train_on_val * len(val['y'])
     assert (
-        looked / needs.every <= share * trains < looked / (needs.every - 1 or 0.5 * looked / (share * trains))
+        looked / needs.epochs_between_updates
+        <= share * trains
+        < looked / (needs.epochs_between_updates - 1 or 0.5 * looked / (share * trains))
     )
-    assert [epoch for epoch in range(30) if needs.due(epoch)] == list(range(2, 30, needs.every))
-    each = ClassNeeds(
-        Need(share=100.0, per_class=20), batches(tail), batches(val), C, train_on_val=train_on_val
+    assert [epoch for epoch in range(30) if needs.due(epoch)] == list(
+        range(2, 30, needs.epochs_between_updates)
     )
+    each = class_weights(tail, val, train_on_val, ClassWeighting(max_fraction=100.0, per_class=20))
     model, ones = fitted(tail), torch.ones(len(tail['y']))
     halves = each.measure(model, ones)
-    assert each.every == 1 and torch.equal(halves, needs.measure(model, ones))
+    assert each.epochs_between_updates == 1 and torch.equal(halves, needs.measure(model, ones))
     assert torch.allclose(
-        needs.step(model, ones).log().diff(), needs.every * each.step(model, ones).log().diff()
+        needs.step(model, ones).log().diff(),
+        needs.epochs_between_updates * each.step(model, ones).log().diff(),
     )
 
 
@@ -228,12 +250,12 @@ def test_no_more_is_looked_at_than_is_allowed(share, train_on_val):
         (dict(significance=2.0), 'significance'),
         (dict(per_class=1), 'per_class is 1'),
         (dict(start=-1), 'start is -1'),
-        (dict(share=0.0), 'share is 0'),
+        (dict(max_fraction=0.0), 'max_fraction is 0'),
     ],
 )
 def test_mistakes_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        Need(**kwargs)
+        ClassWeighting(**kwargs)
 
 
 def test_validation_samples_that_train_are_counted():
@@ -242,9 +264,7 @@ def test_validation_samples_that_train_are_counted():
     few = clouds([220, 220, 20, 20, 20], 8)
     model = fitted({k: torch.cat([few[k], many[k]]) for k in few})
     counted, not_counted = (
-        ClassNeeds(Need(per_class=1000), batches(few), batches(many), C, train_on_val=t).measure(
-            model, torch.ones(len(few['y']))
-        )
+        class_weights(few, many, t, ClassWeighting(per_class=1000)).measure(model, torch.ones(len(few['y'])))
         for t in (True, False)
     )
     assert (
@@ -271,8 +291,8 @@ def test_the_teachers_pull_is_made_up_for():
     student.load_state_dict(fitted(even).state_dict())
     with torch.no_grad():
         student.bias[4] -= 1.5
-    needs = ClassNeeds(Need(), batches(even), batches(val), C, train_on_val=False)
-    needs.advise(blind)
+    needs = class_weights(even, val, False)
+    needs.add_teacher_logits(blind)
     assert (
         needs.measure(student, torch.ones(len(even['y'])), own).mean(0).argmax() == 4
         and 'teacher_logits' not in batches(val)[0]
@@ -283,12 +303,12 @@ def test_a_few_rows_of_many_batches_are_looked_at_in_few():
     "What a GPU waits for is the number of passes; the measurement does not depend on it"
     model, small, large = (
         fitted(tail),
-        *(ClassNeeds(Need(per_class=10), batches(tail, size), batches(val), C) for size in (16, 740)),
+        *(class_weights(batches(tail, size), val, True, ClassWeighting(per_class=10)) for size in (16, 740)),
     )
-    assert len(small.train) == len(large.train) == 1 and len(small.val) == len(batches(val, 512)) < len(
-        batches(val)
-    )
-    assert torch.equal(torch.cat([b['index'] for b in small.train]), small.rows)
+    assert len(small.batches[0]) == len(large.batches[0]) == 1 and len(small.val) == len(
+        batches(val, 512)
+    ) < len(batches(val))
+    assert torch.equal(torch.cat([b['index'] for b in small.batches[0]]), small.rows)
     ones = torch.ones(len(tail['y']))
     assert torch.allclose(small.measure(model, ones), large.measure(model, ones), rtol=1e-4, atol=1e-6)
 
@@ -302,26 +322,40 @@ def test_what_scoring_saw_answers_as_the_model_would(monkeypatch):
         model, batch_cross_entropy, batches(turned), batches(val, 50), None, ask, progress=False
     )
     asked, told = (
-        ClassNeeds(Need(per_class=10, first_look=100), batches(tail), batches(val), C, forward=ask)
+        class_weights(tail, val, True, ClassWeighting(per_class=10, pilot_per_class=100), forward=ask)
         for _ in range(2)
     )
     before, look = len(calls), []
 
-    class Seen(ClassNeeds):
-        def measure(self, *args, **kw):
-            look.append(super().measure(*args, **kw))
-            return look[-1]
+    influence = class_weights_module.class_influence
 
-    monkeypatch.setattr(
-        'kd_aif.weights.class_weights.ClassNeeds', Seen
-    )  # what `wanted` makes for its closer look
+    def watched(*args, **kw):
+        look.append(influence(*args, **kw))
+        return look[-1]
+
+    monkeypatch.setattr(class_weights_module, 'class_influence', watched)
     for needs, seen in ((told, views), (asked, None)):
-        needs.wanted(model, ones, seen)
-        needs.advise(model, seen)
+        needs.are_needed(model, ones, seen)
+        needs.add_teacher_logits(model, seen)
         if seen:
             assert len(calls) == before, 'the model is not asked'
     assert len(calls) > before and torch.allclose(*look, rtol=1e-4, atol=1e-6)
-    for a, b in zip((*told.train, *told.val), (*asked.train, *asked.val), strict=True):
+    for a, b in zip((*told.batches[0], *told.val), (*asked.batches[0], *asked.val), strict=True):
         assert torch.allclose(a['teacher_logits'], b['teacher_logits'], atol=1e-5)
     with pytest.raises(ValueError, match='sample 0 is not among'):
-        told.wanted(model, ones, (views[0].take(views[0].index > 9), views[1]))
+        told.are_needed(model, ones, (views[0].select(views[0].index > 9), views[1]))
+
+
+def test_the_direction_of_one_half_is_read_at_the_gradients_of_the_other():
+    "By hand, with the exact curvature: no sample is compared with itself"
+    model, share = fitted(tail), torch.bincount(tail['y'], minlength=C).double()
+    t, v = view(model, tail, max_hessians=4000), view(model, val)
+    halves = class_influence(t, v, v, ClassShares(share / share.sum(), torch.zeros(C)), solver=Exact(0.05))
+    t_half, v_half = (stratified_folds(x.y, 2, 0) for x in (t, v))
+    inverse = torch.linalg.inv(LastLayerGaussNewton(t).dense() + 0.05 * torch.eye(C * (D + 1)))
+    G = [t.select(t_half == k).gradient_by_class() for k in (0, 1)]
+    p = (share / share.sum()).float()
+    gaps = [v.select(v_half == k).gradient() - G[k] @ p for k in (0, 1)]
+    expected = torch.stack([(inverse @ gaps[k]) @ G[1 - k] for k in (0, 1)])
+    assert torch.allclose(halves, expected, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(halves, torch.stack([(inverse @ gaps[k]) @ G[k] for k in (0, 1)]), rtol=0.05)

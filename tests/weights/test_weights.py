@@ -9,20 +9,20 @@ from kd_aif.weights.calibration import (
     DENSITIES,
     GRID,
     calibrated_weights,
-    class_shares,
+    class_clean_fractions,
     effective_count,
     p_value_distribution,
     two_groups,
     weights_from_intervals,
 )
-from kd_aif.weights.conformal import conformal_intervals, shared_intervals, standardised
-from kd_aif.weights.sample_weights import SampleWeights
+from kd_aif.weights.conformal import conformal_intervals, pooled_reference_intervals, standardised
+from kd_aif.weights.sample_weights import SampleWeights, joint_weights
 from kd_aif.weights.transforms import (
     EMA,
     TRANSFORMS,
     Multiplicative,
     Replace,
-    balanced,
+    mean_one_within_class,
     effective_sample_size,
     weights_from_influence,
 )
@@ -156,9 +156,9 @@ def test_unfit_scores_are_named(scores, kwargs, error, message):
 
 @quick
 @given(st.lists(st.tuples(st.just(0.0) | st.floats(1e-6, 100), st.integers(0, 4)), min_size=1, max_size=40))
-def test_balanced_is_mean_one_in_each_class_and_keeps_ratios(pairs):
+def test_weights_of_mean_one_in_each_class_keep_their_ratios(pairs):
     w, y = torch.tensor([p[0] for p in pairs], dtype=torch.float64), torch.tensor([p[1] for p in pairs])
-    b = balanced(w, y)
+    b = mean_one_within_class(w, y)
     for c in y.unique():
         rows = y == c
         assert float(b[rows].mean()) == pytest.approx(1)
@@ -245,7 +245,7 @@ def test_unfit_comparisons_are_named(function, kwargs, message):
         function(**(dict(scores=torch.ones(4), reference=torch.ones(3)) | kwargs))
 
 
-# Reference samples that classes share
+# The reference pooled over classes
 
 
 def differing(n, r, seed, C=8):
@@ -267,7 +267,8 @@ def differing(n, r, seed, C=8):
 def test_shared_intervals_do_not_depend_on_the_unit(seed, scale, offset):
     s, r, y, z = differing(20, 6, seed)
     for a, b in zip(
-        shared_intervals(s, r, y, z), shared_intervals(scale * s + offset, scale * r + offset, y, z)
+        pooled_reference_intervals(s, r, y, z),
+        pooled_reference_intervals(scale * s + offset, scale * r + offset, y, z),
     ):
         assert torch.allclose(a, b, atol=1e-6)
 
@@ -282,7 +283,10 @@ def test_shared_intervals_follow_their_samples(seed):
         torch.randperm(len(r), generator=g),
         torch.randperm(8, generator=g),
     )
-    for a, b in zip(shared_intervals(s, r, y, z), shared_intervals(s[i], r[j], names[y[i]], names[z[j]])):
+    for a, b in zip(
+        pooled_reference_intervals(s, r, y, z),
+        pooled_reference_intervals(s[i], r[j], names[y[i]], names[z[j]]),
+    ):
         assert torch.allclose(a[i], b, atol=1e-9)
 
 
@@ -293,7 +297,7 @@ def test_one_class_shares_with_nobody(seed, m):
     g = torch.Generator().manual_seed(seed)
     s, r = torch.randn(30, generator=g), torch.randn(m, generator=g)
     one = lambda t: torch.zeros(len(t), dtype=torch.long)
-    for a, b in zip(conformal_intervals(s, r), shared_intervals(s, r, one(s), one(r))):
+    for a, b in zip(conformal_intervals(s, r), pooled_reference_intervals(s, r, one(s), one(r))):
         assert (a - b).abs().max() <= 2 / (m + 1)
 
 
@@ -310,7 +314,7 @@ def test_one_class_shares_with_nobody(seed, m):
 def test_shared_p_values_of_good_samples_are_uniform(n, r):
     "Also under a long tail beside balanced reference samples, and with a handful of reference samples in a class"
     F = torch.stack(
-        [p_value_distribution(*shared_intervals(*differing(n, r, seed))[:2]) for seed in range(20)]
+        [p_value_distribution(*pooled_reference_intervals(*differing(n, r, seed))[:2]) for seed in range(20)]
     ).mean(0)
     assert (F - GRID).abs().max() < 0.03
 
@@ -322,7 +326,7 @@ def test_ranks_without_the_classes_shares_are_not_uniform_under_a_tail():
         s, r, y, z = differing([4000, 50, 50, 50, 50, 50, 50, 50], 50, seed)
         s[y == 0], r[z == 0] = s[y == 0].exp(), r[z == 0].exp()
         for found, ends in (
-            (weighted, shared_intervals(s, r, y, z)),
+            (weighted, pooled_reference_intervals(s, r, y, z)),
             (equal, conformal_intervals(*standardised(s, r, y, z))),
         ):
             found.append(p_value_distribution(*ends))
@@ -339,32 +343,32 @@ def test_few_equal_or_lone_reference_scores(r):
         (s.round(), ref.round()),
         (torch.zeros_like(s), torch.zeros_like(ref)),
     ):
-        low, high = shared_intervals(scores, reference, y, z)
+        low, high = pooled_reference_intervals(scores, reference, y, z)
         assert (
             torch.isfinite(low).all() and (low >= 0).all() and (high <= 1 + 1e-9).all() and (low < high).all()
         )
-    low, high = shared_intervals(torch.zeros_like(s), torch.zeros_like(ref), y, z)
+    low, high = pooled_reference_intervals(torch.zeros_like(s), torch.zeros_like(ref), y, z)
     assert (low == 0).all() and torch.allclose(high, torch.ones_like(high))  # ties say nothing
 
 
-@pytest.mark.parametrize('rate, believed', [(0.7, True), (1.0, False)])
-def test_a_class_in_which_nothing_is_as_good_speaks_against_the_reference(rate, believed):
+@pytest.mark.parametrize('rate, comparable', [(0.7, True), (1.0, False)])
+def test_a_class_in_which_nothing_is_as_good_speaks_against_the_reference(rate, comparable):
     "Much noise in one class is weighed; a class without a single good sample makes the comparison as a whole one of different kinds"
     s, r, y, z, bad = sample(3000, [rate, 0.2, 0.2], 5, shift=4.0, m=600)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         w = calibrated_weights(s, r, y, z)
-    assert w.comparable == believed and w.clean_fraction > 0.3
+    assert w.reference_is_comparable == comparable and w.clean_fraction > 0.3
     assert (
-        any('of one class' in str(c.message) for c in caught) != believed
-        and (w.values == 1).all() != believed
+        any('of one class' in str(c.message) for c in caught) != comparable
+        and (w.values == 1).all() != comparable
     )
 
 
 def test_a_class_without_reference_does_not_share():
     s, r, y, z = differing(30, 10, 0)
     with pytest.warns(UserWarning, match='no reference sample of class 3'):
-        low, high = shared_intervals(s, r[z != 3], y, z[z != 3])
+        low, high = pooled_reference_intervals(s, r[z != 3], y, z[z != 3])
     assert (low[y == 3] == 0).all() and (high[y == 3] == 1).all() and (high - low)[y != 3].max() < 0.1
 
 
@@ -377,24 +381,24 @@ def test_location_of_a_reference_sample_is_that_of_the_others():
 
 @quick
 @given(seeds, st.sampled_from([0.0, 0.3]))
-def test_the_test_does_not_borrow(seed, share):
+def test_the_test_does_not_use_the_pooled_reference(seed, share):
     "Whether anything is weighted depends on ranks within the class alone"
     s, r, y, z, bad = sample(600, share, seed)
-    own, shared = (calibrated_weights(s, r, y, z, borrow=b) for b in (False, True))
+    own, shared = (calibrated_weights(s, r, y, z, pooled_reference=b) for b in (False, True))
     assert own.p_value == shared.p_value and (own.values == 1).all() == (shared.values == 1).all()
 
 
-def test_borrowing_helps_where_reference_samples_are_few():
+def test_a_pooled_reference_helps_where_reference_samples_are_few():
     "Mean squared error of the probability, ten reference samples in each of 20 classes"
 
-    def error(borrow):
+    def error(pooled_reference):
         total = []
         for seed in range(6):
             s, r, y, z = differing(150, 10, seed, C=20)
             bad = torch.rand(len(s), generator=torch.Generator().manual_seed(seed)) < 0.4
             spread = torch.stack([s[y == c].std() for c in range(20)])
             p = calibrated_weights(
-                torch.where(bad, s - 2.5 * spread[y], s), r, y, z, borrow=borrow
+                torch.where(bad, s - 2.5 * spread[y], s), r, y, z, pooled_reference=pooled_reference
             ).probability
             total.append(float((p - (~bad).float()).square().mean()))
         return sum(total) / len(total)
@@ -471,7 +475,7 @@ def test_calibrated_weights_depend_on_ranks_alone(seed, share, name, by_class):
     s -= 15 * (torch.rand(150, generator=g) < share).double()
     labels = (torch.randint(3, (150,), generator=g), torch.randint(3, (80,), generator=g)) if by_class else ()
     a, b = (
-        calibrated_weights(*scores, *labels, significance=1, borrow=False)
+        calibrated_weights(*scores, *labels, significance=1, pooled_reference=False)
         for scores in ((s, r), (f(s), f(r)))
     )
     assert torch.equal(a.values, b.values) and a.clean_fraction == b.clean_fraction and a.p_value == b.p_value
@@ -484,7 +488,8 @@ def test_the_unit_of_one_class_does_not_matter(seed, c, scale, offset):
     s, r = s.double(), r.double()
     t, u = torch.where(y == c, scale * s + offset, s), torch.where(z == c, scale * r + offset, r)
     assert torch.allclose(
-        *(calibrated_weights(*scores, y, z, borrow=False).values for scores in ((s, r), (t, u))), atol=1e-5
+        *(calibrated_weights(*scores, y, z, pooled_reference=False).values for scores in ((s, r), (t, u))),
+        atol=1e-5,
     )
     assert (
         calibrated_weights(s, r, y, z).probability - calibrated_weights(t, u, y, z).probability
@@ -518,7 +523,7 @@ def test_exactly_one_when_training_samples_are_the_reference(scores):
     'by_class, density', [(True, 'shrunk'), (True, 'pooled'), (True, 'class'), (False, 'shrunk')]
 )
 def test_exchangeable_data_are_left_exactly_alone(by_class, density):
-    "At level 5 %: in at most a few of 60 draws is anything weighted, and otherwise every weight is exactly one."
+    "At level 5 %: in at most a few of 60 mc_samples is anything weighted, and otherwise every weight is exactly one."
     touched = 0
     for seed in range(60):
         s, r, y, z, _ = sample(400, 0.0, seed)
@@ -570,23 +575,23 @@ def test_a_class_in_the_reference_alone_changes_nothing():
     )
 
 
-def test_a_reference_of_another_kind_is_not_believed():
+def test_a_reference_of_another_kind_is_not_comparable():
     bad, reference = torch.zeros(50) - 9, torch.randn(100, generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match='another source'):
         w = calibrated_weights(bad, reference)
     assert (
         w.clean_fraction < 0.1
         and w.p_value < 0.001
-        and not w.comparable
+        and not w.reference_is_comparable
         and torch.equal(w.values, torch.ones(50))
     )
     mixed = calibrated_weights(
         torch.cat([bad, torch.randn(50, generator=torch.Generator().manual_seed(1))]), reference
     )
-    assert mixed.comparable and mixed.values[:50].max() < 0.3 < mixed.values[50:].mean()
+    assert mixed.reference_is_comparable and mixed.values[:50].max() < 0.3 < mixed.values[50:].mean()
 
 
-def test_too_good_training_scores_are_said_and_nothing_else_is():
+def test_training_scores_that_are_too_good_give_a_warning_and_nothing_else_does():
     s, r, y, z, _ = sample(1000, 0.0, 0, m=500)
     with pytest.warns(UserWarning, match='score better than the reference'):
         calibrated_weights(s + 3, r, y, z)
@@ -650,8 +655,8 @@ def test_effective_counts(ours, theirs):
 @given(seeds, st.lists(st.floats(0, 0.8), min_size=2, max_size=6))
 def test_shares_lie_between_the_common_one_and_the_class_s_own(seed, rates):
     F, n, m, share, shape = distributions(rates, seed, n=100, r=20)
-    shares, errors = class_shares(F, n, m, share, shape)
-    own, own_errors = class_shares(F, n, 1e12 * m, share, shape)  # without noise nothing is shrunk
+    shares, errors = class_clean_fractions(F, n, m, share, shape)
+    own, own_errors = class_clean_fractions(F, n, 1e12 * m, share, shape)  # without noise nothing is shrunk
     assert (
         ((shares - share) * (shares - own) <= 1e-6).all()
         and (errors > 0).all()
@@ -665,16 +670,18 @@ def test_shares_lie_between_the_common_one_and_the_class_s_own(seed, rates):
 @given(st.integers(1, 8), st.floats(0, 0.8), seeds)
 def test_classes_that_are_alike_get_the_common_share(classes, rate, seed):
     F, n, m, share, shape = distributions([rate], seed)
-    shares, errors = class_shares(F.expand(classes, -1), n.expand(classes), m.expand(classes), share, shape)
+    shares, errors = class_clean_fractions(
+        F.expand(classes, -1), n.expand(classes), m.expand(classes), share, shape
+    )
     assert torch.allclose(shares, torch.full_like(shares, share)) and float(errors[0]) == pytest.approx(
-        float(class_shares(F, n, m, share, shape)[1]) / classes**0.5
+        float(class_clean_fractions(F, n, m, share, shape)[1]) / classes**0.5
     )
 
 
 def test_a_class_with_nothing_to_judge_has_no_share():
     F, n, m, share, shape = distributions([0.4, 0.1, 0.2])
     F[0], n[0], m[2] = math.nan, 0, 0.0
-    shares, errors = class_shares(F, n, m, share, shape)
+    shares, errors = class_clean_fractions(F, n, m, share, shape)
     assert (
         shares.isnan().tolist() == errors.isnan().tolist() == [True, False, True] and shares[1] == share
     )  # one class alone: the common share
@@ -708,13 +715,13 @@ def test_clean_classes_are_left_alone_and_noisy_ones_are_not():
 
 def test_the_shrunken_density_gains_where_classes_differ_and_loses_nothing_where_they_do_not():
     def mistake(rates, density):
-        draws = [by_class(rates, seed, shift=2.0) for seed in range(4)]
+        mc_samples = [by_class(rates, seed, shift=2.0) for seed in range(4)]
         return (
             sum(
                 float(
                     ((calibrated_weights(*d[:4], density=density).probability - (~d[4]).float()) ** 2).mean()
                 )
-                for d in draws
+                for d in mc_samples
             )
             / 4
         )
@@ -772,9 +779,9 @@ def test_a_fold_that_says_nothing_about_a_sample_is_left_out_of_its_average():
             [z, z[z == 0]],
             density='pooled',
             significance=1,
-            borrow=False,
+            pooled_reference=False,
         )
-    again = calibrated_weights(s, r, y, z, density='pooled', significance=1, borrow=False)
+    again = calibrated_weights(s, r, y, z, density='pooled', significance=1, pooled_reference=False)
     rank = lambda v: v.argsort().argsort().double()
     assert (
         w.probability[y == 1].min() < 0.2
@@ -848,7 +855,7 @@ def test_updates(first, second, m, eta):
 
     assert torch.equal(after(Replace()), wb)
     assert torch.allclose(after(EMA(m)), m * (m + (1 - m) * wa) + (1 - m) * wb, atol=1e-5)
-    assert torch.allclose(after(Multiplicative(eta)), balanced(wa**eta * wb**eta), atol=1e-4)
+    assert torch.allclose(after(Multiplicative(eta)), mean_one_within_class(wa**eta * wb**eta), atol=1e-4)
     for update in (Replace(), EMA(m), Multiplicative(eta)):
         assert float(after(update).mean()) == pytest.approx(1, abs=1e-4)
 
@@ -864,7 +871,8 @@ def test_exp_minmax_is_the_best_trade_of_gain_and_distance(scores, beta, seed):
     w, g = weights_from_influence(scores, 'exp_minmax', beta).double(), torch.Generator().manual_seed(seed)
     for _ in range(10):
         assert (
-            objective(balanced(w * (0.5 + torch.rand(len(w), generator=g).double()))) <= objective(w) + 1e-6
+            objective(mean_one_within_class(w * (0.5 + torch.rand(len(w), generator=g).double())))
+            <= objective(w) + 1e-6
         )
 
 
@@ -872,7 +880,9 @@ def test_exp_minmax_is_the_best_trade_of_gain_and_distance(scores, beta, seed):
 @given(whole, st.floats(0.01, 100))
 def test_relu_is_a_projected_step_from_zero(scores, step):
     assert torch.allclose(
-        weights_from_influence(scores, 'relu'), balanced((step * scores).clamp_min(0)).float(), atol=1e-5
+        weights_from_influence(scores, 'relu'),
+        mean_one_within_class((step * scores).clamp_min(0)).float(),
+        atol=1e-5,
     )
 
 
@@ -932,7 +942,7 @@ def test_a_weight_of_zero_stays_zero_under_multiplicative_alone():
 def test_density_is_handed_on(density):
     s, r, y, z, _ = by_class([0.5, 0.0, 0.2], 1)
     crossed = CrossScores(
-        s[None], torch.arange(len(s)), y, (r,), (z,), 'local', damping=0.1, residual=0.0, seconds={}
+        s[None], torch.arange(len(s)), y, (r,), (z,), ('posterior',), damping=0.1, residual=0.0, seconds={}
     )
     assert torch.allclose(
         SampleWeights(len(s), density=density).refresh(crossed),
@@ -944,7 +954,7 @@ def test_density_is_handed_on(density):
 def test_calibration_is_kept_with_the_weights():
     s, r, y, z, _ = sample(300, 0.5, 0)
     crossed = CrossScores(
-        s[None], torch.arange(300), y, (r,), (z,), 'local', damping=0.1, residual=0.0, seconds={}
+        s[None], torch.arange(300), y, (r,), (z,), ('posterior',), damping=0.1, residual=0.0, seconds={}
     )
     weights = SampleWeights(300)
     assert weights.calibration is None and torch.equal(weights.values, torch.ones(300))
@@ -970,3 +980,14 @@ def test_unfit_settings_are_named_before_any_score(kwargs, message):
 def test_number_of_scores_must_fit():
     with pytest.raises(ValueError, match='scores: 4 for 3 samples'):
         SampleWeights(3, beta=1.0).refresh(torch.ones(4))
+
+
+def test_joint_weights_have_mean_one_within_each_class():
+    "Validation samples weigh what a training sample weighs that is good for sure"
+    g = torch.Generator().manual_seed(0)
+    p, y, val_y = torch.rand(60, generator=g), torch.arange(60) % 3, torch.arange(12) % 3
+    w = joint_weights(p, y, val_y)
+    for c in range(3):
+        ours, theirs = w[:60][y == c], w[60:][val_y == c]
+        assert torch.cat([ours, theirs]).mean() == pytest.approx(1.0, abs=1e-5)
+        assert torch.allclose(ours / theirs[0], p[y == c], atol=1e-5)
