@@ -7,18 +7,22 @@ import pytest, torch
 from torch import nn
 from kd_aif.foundation.core import generator
 from kd_aif.data.mixed_batches import MixedBatches
-from kd_aif.distillation.checks import check_batches, _check_extra, count_classes
-from kd_aif.distillation.distill import Run, distill
+from kd_aif.data.training_set import check_batches
+from kd_aif.distillation.checks import check_auxiliary, count_classes
+from kd_aif.distillation.result import Run
 from kd_aif.distillation.evaluation import evaluate
-from kd_aif.distillation.objective import Extra
+from kd_aif.distillation.objective import AuxiliaryLoss, Objective
 from kd_aif.distillation.schedules import Every, Online, OneShot
 from kd_aif.distillation.trainer import Step
+from kd_aif.distillation.weighting import Fixed, Influence
 from kd_aif.influence.cross_scores import CrossScores
 from kd_aif.influence.scores import InfluenceScores
 from kd_aif.foundation.losses import batch_cross_entropy, distill_loss
-from kd_aif.weights.class_weights import Need
+from kd_aif.weights.class_weights import ClassWeighting, ClassWeights
 from kd_aif.weights.sample_weights import joint_weights
 from kd_aif.weights.transforms import EMA
+
+from flat_settings import distill
 
 C, N, M, FIRST = 3, 150, 90, 1000
 
@@ -44,7 +48,7 @@ def forward(model, batch):
 
 
 class Loader:
-    "Re-iterable and nothing more: no length, no `plain`, no `set_epoch`; `shuffle` gives a new order in each pass"
+    "Re-iterable and nothing more: no length, no `eval_view`, no `set_epoch`; `shuffle` gives a new order in each pass"
 
     def __init__(self, data, size=32, shuffle=False):
         self.data, self.size, self.shuffle, self.passes = data, size, shuffle, 0
@@ -116,13 +120,13 @@ def without(batch, *keys):
 # Mechanisms and schedules
 
 
-@pytest.mark.filterwarnings('ignore:train_on_val=False')
-@pytest.mark.parametrize('train_on_val', [True, False])
+@pytest.mark.filterwarnings('ignore:include_validation=False')
+@pytest.mark.parametrize('include_validation', [True, False])
 @pytest.mark.parametrize(
     'schedule', [OneShot(), OneShot(after=2), Every(1, start=1), Every(2, start=0)], ids=str
 )
 @pytest.mark.parametrize('mechanism', ['student', 'both'])
-def test_mechanisms_and_schedules(teacher, mechanism, schedule, train_on_val):
+def test_mechanisms_and_schedules(teacher, mechanism, schedule, include_validation):
     student, before = model(1), (state(teacher), state(model(1)))
     run = distill(
         student,
@@ -131,7 +135,7 @@ def test_mechanisms_and_schedules(teacher, mechanism, schedule, train_on_val):
         val,
         mechanism=mechanism,
         schedule=schedule,
-        train_on_val=train_on_val,
+        include_validation=include_validation,
         test=test,
         **settings,
     )
@@ -143,7 +147,7 @@ def test_mechanisms_and_schedules(teacher, mechanism, schedule, train_on_val):
         and run.calibration is not None
     )
     assert torch.isfinite(run.weights).all() and (run.weights >= 0).all()
-    assert run.val_weights.shape == (M * train_on_val,)
+    assert run.val_weights.shape == (M * include_validation,)
     for c in range(C):
         assert float(
             torch.cat(
@@ -181,7 +185,7 @@ def test_wrong_labels_lose_weight_and_the_student_gains(teacher):
 
 
 def test_unequal_treatment_of_both_sets_is_said(teacher):
-    with pytest.warns(UserWarning, match='train_on_val=False with calibrated weights'):
+    with pytest.warns(UserWarning, match='include_validation=False with calibrated weights'):
         distill(
             model(1),
             teacher,
@@ -189,7 +193,7 @@ def test_unequal_treatment_of_both_sets_is_said(teacher):
             val,
             mechanism='student',
             schedule=Every(1, start=1),
-            train_on_val=False,
+            include_validation=False,
             **settings,
         )
 
@@ -234,8 +238,9 @@ def test_made_teacher_leaves_the_given_one_alone(teacher):
         and equal(before, state(teacher))
         and not equal(state(model(9, 16)), state(made[0]))
     )
-    unused = distill(model(1), teacher, train, val, mechanism='student', make_teacher=make, **settings)
-    assert len(made) == 1 and unused.teacher is teacher
+    with pytest.raises(ValueError, match='trains no teacher'):
+        distill(model(1), teacher, train, val, mechanism='student', make_teacher=make, **settings)
+    assert len(made) == 1
 
 
 def test_second_round(teacher):
@@ -256,7 +261,7 @@ def test_second_round(teacher):
             val,
             mechanism='both',
             make_teacher=make,
-            rounds=rounds,
+            generations=rounds,
             test=test,
             **settings | kwargs,
         )
@@ -279,15 +284,15 @@ def test_second_round(teacher):
     shuffled = trained_again(2, Loader(train_data, shuffle=True))
     found = torch.zeros(10_000).index_put_((shuffled.index,), shuffled.weights)[train_data['index']]
     assert found[~wrong].mean() > 2 * found[wrong].mean()
-    alone = trained_again(2, train_on_val=False)
+    alone = trained_again(2, include_validation=False)
     assert alone.val_weights.shape == (0,) and alone.weights[~wrong].mean() > 2 * alone.weights[wrong].mean()
 
 
 def test_no_second_round_without_doubts(monkeypatch):
     "Clean labels, and classes that are short: class weights train the teacher again, and once is enough."
-    import kd_aif.distillation.distill as module
+    import kd_aif.distillation.session as module
 
-    monkeypatch.setattr(module.ClassNeeds, 'wanted', lambda self, *args: True)
+    monkeypatch.setattr(ClassWeights, 'are_needed', lambda self, *args: True)
     made = []
 
     def make():
@@ -295,7 +300,9 @@ def test_no_second_round_without_doubts(monkeypatch):
         return made[-1]
 
     teacher = distill(model(9, 16), None, MixedBatches(clean, val), val, **settings).student
-    run = distill(model(1), teacher, clean, val, mechanism='both', make_teacher=make, rounds=3, **settings)
+    run = distill(
+        model(1), teacher, clean, val, mechanism='both', make_teacher=make, generations=3, **settings
+    )
     assert (
         torch.equal(run.weights, torch.ones(len(run.weights))) and run.teacher is made[0] and len(made) == 1
     )
@@ -305,15 +312,24 @@ def test_second_round_wants_another_teacher(teacher):
     one = model(9, 16)
     with pytest.raises(ValueError, match='same network twice'):
         distill(
-            model(1), teacher, train, val, mechanism='both', make_teacher=lambda: one, rounds=2, **settings
+            model(1),
+            teacher,
+            train,
+            val,
+            mechanism='both',
+            make_teacher=lambda: one,
+            generations=2,
+            **settings,
         )
 
 
 def test_scores_come_when_they_are_due(teacher, monkeypatch):
-    import kd_aif.distillation.distill as module
+    import kd_aif.distillation.session as module
 
-    calls, real = [], module._score
-    monkeypatch.setattr(module, '_score', lambda m, *args: calls.append(m) or real(m, *args))
+    calls, real = [], module.RunWeights.refresh
+    monkeypatch.setattr(
+        module.RunWeights, 'refresh', lambda self, m, *args: calls.append(m) or real(self, m, *args)
+    )
     student = model(1)
 
     def scored(mechanism, schedule, **kwargs):
@@ -369,7 +385,7 @@ def test_published_form(teacher):
     assert (
         float(run.weights.mean()) == pytest.approx(1, abs=1e-4)
         and run.weights.std() > 0.01
-        and run.config['score'] == 'mean'
+        and run.config['weighting'].score == 'mean'
     )
 
 
@@ -381,10 +397,10 @@ def test_all_layers_can_be_scored(teacher):
         val,
         mechanism='student',
         last_layer=False,
-        score='mean',
+        score=('mean',),
         **settings | dict(epochs=1),
     )
-    assert run.weights.shape == (N,) and run.scores.score == 'mean'
+    assert run.weights.shape == (N,) and run.scores.score == ('mean',)
 
 
 @pytest.mark.parametrize('mechanism', ['student', 'both'])
@@ -456,7 +472,7 @@ def test_mixture_holds_every_sample_once_with_its_own_row(sizes):
 
 
 def test_sets_that_do_not_fit_are_told_so():
-    with pytest.raises(ValueError, match='same keys and shapes, or train_on_val=False'):
+    with pytest.raises(ValueError, match='same keys and shapes, or include_validation=False'):
         list(MixedBatches(train, Loader(without(val_data, 'wide'))))
 
 
@@ -485,21 +501,23 @@ def test_lists_follow_their_samples_or_are_refused():
     [
         dict(mechanism='student'),
         dict(mechanism='both', make_teacher=lambda: model(9, 16)),
-        dict(mechanism='both', make_teacher=lambda: model(9, 16), rounds=3),
+        dict(mechanism='both', make_teacher=lambda: model(9, 16), generations=3),
         dict(mechanism='student', schedule=OneShot(after=1)),
         dict(weights=torch.ones(N)),
     ],
     ids=['student', 'both', 'rounds', 'late', 'given'],
 )
-@pytest.mark.parametrize('train_on_val', [True, False])
-def test_weights_of_one_are_the_plain_run_bit_for_bit(kwargs, train_on_val):
+@pytest.mark.parametrize('include_validation', [True, False])
+def test_weights_of_one_are_the_plain_run_bit_for_bit(kwargs, include_validation):
     "On clean labels nothing is weighted: the run is the control, dropout included, and the teacher is kept."
-    both = MixedBatches(clean, val) if train_on_val else clean
+    both = MixedBatches(clean, val) if include_validation else clean
     teacher = distill(
-        model(9, 16), None, both if train_on_val else MixedBatches(clean, val), val, **settings
+        model(9, 16), None, both if include_validation else MixedBatches(clean, val), val, **settings
     ).student
     control = distill(model(1), teacher, both, val, test=test, **settings)
-    run = distill(model(1), teacher, clean, val, train_on_val=train_on_val, test=test, **settings, **kwargs)
+    run = distill(
+        model(1), teacher, clean, val, include_validation=include_validation, test=test, **settings, **kwargs
+    )
     assert torch.equal(run.weights, torch.ones(N)), 'the example is not clean enough'
     assert equal(state(control.student), state(run.student)) and run.teacher is teacher, (
         'a teacher that would learn the same again is kept'
@@ -570,7 +588,9 @@ def test_weights_of_the_validation_samples_may_be_left_out(teacher):
     )
     assert torch.equal(runs[2].weights, w) and runs[2].val_weights.eq(2).all()
     with pytest.raises(ValueError, match=f'weights has {N + M} entries for {N} training samples'):
-        distill(model(1), teacher, train, val, weights=torch.ones(N + M), train_on_val=False, **settings)
+        distill(
+            model(1), teacher, train, val, weights=torch.ones(N + M), include_validation=False, **settings
+        )
     with pytest.raises(ValueError, match='give train and val apart'):
         distill(model(1), teacher, MixedBatches(train, val), val, weights=torch.ones(N + M), **settings)
 
@@ -579,7 +599,7 @@ def test_weights_are_in_the_order_of_the_loader(teacher):
     "Another order of samples with the weights in that order: the same objective."
     order = torch.randperm(N, generator=torch.Generator().manual_seed(3))
     w = (~wrong).float()
-    whole = dict(train_on_val=False, **settings | dict(epochs=2))
+    whole = dict(include_validation=False, **settings | dict(epochs=2))
     a = distill(plain_net(), None, Loader(train_data, N), val, weights=w, **whole)
     b = distill(
         plain_net(),
@@ -625,7 +645,7 @@ def test_one_step_is_the_documented_loss(teacher):
         Loader(train_data, N),
         val,
         weights=w,
-        train_on_val=False,
+        include_validation=False,
         T=2.0,
         make_optimizer=lambda p, lr: Descent(p, lr=lr),
         **settings | dict(epochs=1, alpha=0.3),
@@ -809,20 +829,29 @@ FAULTS = {
     'part of an epoch': (dict(epochs=1.5), 'epochs is 1.5'),
     'generator': (dict(train=(b for b in [train_data])), 'train is a generator'),
     'mixture scored': (dict(train=MixedBatches(train, val)), 'train holds validation samples'),
-    'made teacher unused': (
-        dict(mechanism='both', schedule=Every(1, 1), make_teacher=lambda: model(9, 16)),
-        'make_teacher',
+    'made teacher unused': (dict(make_teacher=lambda: model(9, 16)), 'make_teacher'),
+    'teacher first of a student': (dict(schedule=Every(1, 1, teacher_first=True)), 'teacher_first'),
+    'frozen teacher that trains along': (
+        dict(mechanism='both', schedule=Every(1, 1), teacher=model(9, 16).requires_grad_(False)),
+        'teacher is frozen',
     ),
-    'no round': (dict(mechanism='both', rounds=0), 'rounds is 0'),
+    'frozen student': (dict(student=model(1).requires_grad_(False)), 'student is frozen'),
+    'weighting without mechanism': (dict(mechanism=None, weighting=Influence()), 'nothing is scored'),
+    'schedule without mechanism': (dict(mechanism=None, schedule=Every(1, 1)), 'nothing is scored'),
+    'weights in words': (dict(mechanism=None, weighting='heavy'), 'weighting is a str'),
+    'losses in a column': (
+        dict(label_loss=lambda logits, b: batch_cross_entropy(logits, b)[:, None]),
+        r'a tensor \(150, 1\)|a tensor \(32, 1\)',
+    ),
+    'no round': (dict(mechanism='both', generations=0), 'generations is 0'),
     'rounds of a student': (
-        dict(rounds=2, make_teacher=lambda: model(9, 16)),
-        'rounds is 2.*leave rounds at 1',
+        dict(generations=2, make_teacher=lambda: model(9, 16)),
+        'make_teacher, generations',
     ),
-    'rounds without new teachers': (dict(mechanism='both', rounds=2), 'rounds is 2.*make_teacher'),
-    'rounds of a schedule': (dict(mechanism='both', rounds=2, schedule=Every(1, 1)), 'rounds is 2'),
+    'rounds without new teachers': (dict(mechanism='both', generations=2), 'generations is 2.*make_teacher'),
     'rounds of sigmoid weights': (
-        dict(mechanism='both', rounds=2, beta=1.0, make_teacher=lambda: model(9, 16)),
-        "rounds is 2.*beta='calibrated'",
+        dict(mechanism='both', generations=2, beta=1.0, make_teacher=lambda: model(9, 16)),
+        'generations is 2.*use weighting=Influence',
     ),
     'no logits': (
         dict(forward=lambda m, b: m(b)),
@@ -1001,7 +1030,7 @@ def test_another_loss_of_the_labels(trained):
         trained,
         train,
         val,
-        loss=double,
+        label_loss=double,
         weights=lambda step: (
             seen.append(
                 (
@@ -1043,7 +1072,7 @@ def test_a_teacher_may_go_ahead(trained):
         train,
         val,
         mechanism='both',
-        schedule=Every(1, start=1, ahead=True),
+        schedule=Every(1, start=1, teacher_first=True),
         **settings,
     )
     phases = [h['phase'] for h in ahead.history]
@@ -1081,8 +1110,8 @@ def test_online_weights_come_from_the_batch(trained):
 
 @pytest.mark.parametrize(
     'kwargs',
-    [dict(), dict(beta=1.0, last_layer=False), dict(beta=1.0, score='local')],
-    ids=['calibrated', 'all layers', 'local'],
+    [dict(), dict(beta=1.0, last_layer=False), dict(beta=1.0, score='posterior')],
+    ids=['calibrated', 'all layers', 'posterior'],
 )
 def test_online_says_what_it_cannot_do(trained, kwargs):
     with pytest.raises(ValueError, match=r'Every\(1\)'):
@@ -1093,18 +1122,25 @@ def test_class_weights_multiply_and_validation_samples_have_them_too(trained):
     "Need is asked for in every epoch from its start; with weights of its own it works without a mechanism"
     seen = []
 
-    class Watched(Need):
+    class Watched(ClassWeighting):
         def update(self, v, halves, times):
             seen.append(halves.shape)
             return torch.tensor([2.0, 1.0, 1.0], dtype=torch.float64) * v
 
-    run = distill(model(1), trained, train, val, weights=torch.ones(N), need=Watched(start=1), **settings)
-    assert seen == [(2, C)] * 2 and run.need[0] > 3.9 * run.need[1] and run.need.shape == (C,)
-    counts = torch.bincount(torch.cat([train_data['y'], val_data['y']]), minlength=C)
-    assert torch.isclose((run.need * counts).sum() / counts.sum(), torch.tensor(1.0))
-    assert distill(model(1), trained, train, val, mechanism='student', beta=1.0, **settings).need is None, (
-        'the published form has none'
+    run = distill(
+        model(1), trained, train, val, weights=torch.ones(N), class_weighting=Watched(start=1), **settings
     )
+    assert (
+        seen == [(2, C)] * 2
+        and run.class_weights[0] > 3.9 * run.class_weights[1]
+        and run.class_weights.shape == (C,)
+    )
+    counts = torch.bincount(torch.cat([train_data['y'], val_data['y']]), minlength=C)
+    assert torch.isclose((run.class_weights * counts).sum() / counts.sum(), torch.tensor(1.0))
+    assert (
+        distill(model(1), trained, train, val, mechanism='student', beta=1.0, **settings).class_weights
+        is None
+    ), 'the published form has none'
 
 
 # One more term
@@ -1131,9 +1167,11 @@ def test_the_distillation_term_as_an_extra_is_plain_distillation(teacher):
     def half(logits, batch):
         return 0.5 * batch_cross_entropy(logits, batch)
 
-    term = Extra(lambda s, t, b: distill_loss(s[-1], t[-1], b['y'], 4.0, 1.0, 'none'), 0.5, outputs)
+    term = AuxiliaryLoss(lambda s, t, b: distill_loss(s[-1], t[-1], b['y'], 4.0, 1.0, 'none'), 0.5, outputs)
     plainly = distill(model(1), teacher, train, val, **settings)
-    other = distill(model(1), teacher, train, val, loss=half, extra=term, **settings | dict(alpha=0.0))
+    other = distill(
+        model(1), teacher, train, val, label_loss=half, auxiliary=term, **settings | dict(alpha=0.0)
+    )
     for p, q in zip(plainly.student.parameters(), other.student.parameters()):
         assert torch.allclose(p, q, atol=1e-5)
 
@@ -1149,7 +1187,14 @@ def test_parameters_of_an_extra_train_along_and_it_falls(teacher):
 
     student.eval()
     first = distance()
-    distill(student, teacher, train, val, extra=Extra(hint, 10.0, outputs), **settings | dict(epochs=10))
+    distill(
+        student,
+        teacher,
+        train,
+        val,
+        auxiliary=AuxiliaryLoss(hint, 10.0, outputs),
+        **settings | dict(epochs=10),
+    )
     assert not equal(before, state(hint)) and distance() < 0.7 * first
 
 
@@ -1157,7 +1202,7 @@ def test_an_extra_is_weighed_like_every_other_loss(teacher):
     "What has no weight has no pull, through the extra either"
 
     def pull(sign):
-        return Extra(
+        return AuxiliaryLoss(
             lambda s, t, b: torch.where(wrong_index(b), sign, 1.0) * (s[0] - t[0][:, :8]).square().mean(1),
             5.0,
             outputs,
@@ -1167,7 +1212,7 @@ def test_an_extra_is_weighed_like_every_other_loss(teacher):
         return torch.isin(b['index'], train_data['index'][wrong]) & ~b['held_out']
 
     runs = [
-        distill(model(1), teacher, train, val, weights=(~wrong).float(), extra=pull(sign), **settings)
+        distill(model(1), teacher, train, val, weights=(~wrong).float(), auxiliary=pull(sign), **settings)
         for sign in (1.0, -1.0)
     ]
     assert equal(state(runs[0].student), state(runs[1].student))
@@ -1185,7 +1230,7 @@ def test_mechanisms_take_an_extra(teacher, mechanism):
         train,
         val,
         mechanism=mechanism,
-        extra=Extra(Hint(), 1.0, outputs),
+        auxiliary=AuxiliaryLoss(Hint(), 1.0, outputs),
         test=test,
         **settings,
     )
@@ -1195,15 +1240,19 @@ def test_mechanisms_take_an_extra(teacher, mechanism):
 @pytest.mark.parametrize(
     'kwargs, error, message',
     [
-        (dict(extra=Hint()), TypeError, 'extra is a Hint; give Extra'),
-        (dict(extra=Extra(Hint(), outputs=forward)), ValueError, 'outputs of the student are a Tensor'),
-        (dict(extra=Extra(Hint())), KeyError, 'x'),
+        (dict(auxiliary=Hint()), TypeError, 'auxiliary is a Hint; give AuxiliaryLoss'),
         (
-            dict(extra=Extra(lambda s, t, b: Hint()(s, t, b).mean(), outputs=outputs)),
+            dict(auxiliary=AuxiliaryLoss(Hint(), outputs=forward)),
+            ValueError,
+            'outputs of the student are a Tensor',
+        ),
+        (dict(auxiliary=AuxiliaryLoss(Hint())), KeyError, 'x'),
+        (
+            dict(auxiliary=AuxiliaryLoss(lambda s, t, b: Hint()(s, t, b).mean(), outputs=outputs)),
             ValueError,
             'not their mean',
         ),
-        (dict(extra=Extra(lambda s, t, b: b['nothing'], outputs=outputs)), KeyError, 'nothing'),
+        (dict(auxiliary=AuxiliaryLoss(lambda s, t, b: b['nothing'], outputs=outputs)), KeyError, 'nothing'),
     ],
     ids=['no Extra', 'no list', 'unknown model', 'one value', 'what the batch lacks'],
 )
@@ -1219,9 +1268,9 @@ def test_an_extra_that_compares_needs_a_teacher_and_a_weight():
     student = model(1)
     before = state(student)
     with pytest.raises(ValueError, match='teacher is None'):
-        distill(student, None, train, val, extra=Extra(Hint(), 1.0, outputs), **settings)
+        distill(student, None, train, val, auxiliary=AuxiliaryLoss(Hint(), 1.0, outputs), **settings)
     with pytest.raises(ValueError, match='weight'):
-        Extra(Hint(), 0.0)
+        AuxiliaryLoss(Hint(), 0.0)
     assert equal(before, state(student))
 
 
@@ -1233,7 +1282,7 @@ def test_an_extra_that_compares_says_a_teacher_is_missing_in_its_own_words():
             raise ValueError('teacher_maps are None')
 
     with pytest.raises(ValueError, match='^teacher_maps are None'):
-        distill(model(1), None, train, val, extra=Extra(own_words, 1.0, outputs), **settings)
+        distill(model(1), None, train, val, auxiliary=AuxiliaryLoss(own_words, 1.0, outputs), **settings)
 
 
 def test_without_a_teacher_an_extra_gets_none_and_adds_to_cross_entropy():
@@ -1244,9 +1293,14 @@ def test_without_a_teacher_an_extra_gets_none_and_adds_to_cross_entropy():
         seen.append(t)
         return 2 * batch_cross_entropy(s[-1], b)
 
-    term = distill(model(1), None, train, val, extra=Extra(twice, 1.0, outputs), **settings)
+    term = distill(model(1), None, train, val, auxiliary=AuxiliaryLoss(twice, 1.0, outputs), **settings)
     thrice = distill(
-        model(1), None, train, val, loss=lambda logits, b: 3 * batch_cross_entropy(logits, b), **settings
+        model(1),
+        None,
+        train,
+        val,
+        label_loss=lambda logits, b: 3 * batch_cross_entropy(logits, b),
+        **settings,
     )
     assert set(seen) == {None}
     for p, q in zip(term.student.parameters(), thrice.student.parameters()):
@@ -1270,13 +1324,13 @@ def test_without_a_teacher_an_extra_trains_along_and_is_weighed():
         train,
         val,
         weights=torch.ones(len(train_data['index'])),
-        extra=Extra(own, 1.0, outputs),
+        auxiliary=AuxiliaryLoss(own, 1.0, outputs),
         **settings,
     )
     assert not equal(before, state(own))
 
     def pull(sign):
-        return Extra(
+        return AuxiliaryLoss(
             lambda s, t, b: (
                 torch.where(torch.isin(b['index'], train_data['index'][wrong]) & ~b['held_out'], sign, 1.0)
                 * s[0].square().mean(1)
@@ -1286,7 +1340,7 @@ def test_without_a_teacher_an_extra_trains_along_and_is_weighed():
         )
 
     runs = [
-        distill(model(1), None, train, val, weights=(~wrong).float(), extra=pull(sign), **settings)
+        distill(model(1), None, train, val, weights=(~wrong).float(), auxiliary=pull(sign), **settings)
         for sign in (1.0, -1.0)
     ]
     assert equal(state(runs[0].student), state(runs[1].student))
@@ -1308,7 +1362,8 @@ def test_the_check_of_an_extra_leaves_no_trace(teacher):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    _check_extra(Extra(noisy, 1.0, outputs), model(1), teacher, next(iter(train)))
+    objective = Objective(auxiliary=AuxiliaryLoss(noisy, 1.0, outputs), forward=forward)
+    check_auxiliary(objective, model(1), teacher, next(iter(train)))
     assert (
         torch.equal(torch.rand(1), expected)
         and noisy.modes == [False]
@@ -1326,12 +1381,12 @@ def test_a_validation_set_of_another_kind_is_not_followed(teacher, mechanism):
     other = Loader({**clean_data, 'y': (clean_data['y'] + 1) % C})
     knowing = distill(model(9, 16), None, val, val, **settings | dict(epochs=30)).student
     with pytest.warns(UserWarning, match='another source'):
-        run = distill(model(1), knowing, other, val, mechanism=mechanism, score='loss', **settings)
+        run = distill(model(1), knowing, other, val, mechanism=mechanism, score=('loss',), **settings)
     control = distill(model(1), knowing, MixedBatches(other, val), val, **settings)
     assert (
         torch.equal(run.weights, torch.ones(N))
         and torch.equal(run.val_weights, torch.ones(M))
-        and run.need is None
-        and not run.calibration.comparable
+        and run.class_weights is None
+        and not run.calibration.reference_is_comparable
     )
     assert equal(state(run.student), state(control.student)) and run.teacher is knowing

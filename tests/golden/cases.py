@@ -12,22 +12,26 @@ from kd_aif.data.label_noise import asymmetric_noise, long_tail, symmetric_noise
 from kd_aif.data.loaders import ImageBatches
 from kd_aif.data.sources import load_images
 from kd_aif.data.mixed_batches import MixedBatches
-from kd_aif.distillation.distill import distill, out_of_fold_weights
-from kd_aif.distillation.objective import Extra, default_outputs
+from kd_aif.distillation.objective import AuxiliaryLoss, default_outputs
+from kd_aif.distillation.out_of_fold import out_of_fold_weights
 from kd_aif.distillation.schedules import Every, OneShot, Online
 from kd_aif.rivals.published_losses import make_feature_loss
-from kd_aif.influence.cross_scores import cross_scores
+from kd_aif.influence.cross_scores import cross_scores, Scoring
 from kd_aif.influence.scores import influence_scores
 from kd_aif.foundation.losses import batch_cross_entropy
 from kd_aif.models.build import build_model
-from kd_aif.weights.class_weights import Need
-from kd_aif.rivals.online_teachers import DeepMutualLearning
+from kd_aif.weights.class_weights import ClassWeighting
+from kd_aif.rivals.logit_losses import spherical_kd_loss
+from kd_aif.rivals.online_teachers import DeepMutualLearning, bdkd_loss
 from kd_aif.few_labels.batches import labelled_split
-from kd_aif.few_labels.catalogue import SSL_RULES
+from kd_aif.few_labels.meta_pseudo_labels import ALGORITHMS
+from kd_aif.few_labels.settings import SSLTraining
 from kd_aif.few_labels.trainer import train_ssl
 from kd_aif.influence.iterative_solvers import CG
 from kd_aif.influence.solvers import EKFAC, Diagonal, Woodbury
 from kd_aif.weights.transforms import EMA, Multiplicative
+
+from flat_settings import distill
 
 
 def digits(n=500):
@@ -98,7 +102,7 @@ def of_run(run):
         teacher=state_sha(run.teacher),
         weights=sha(run.weights),
         val_weights=sha(run.val_weights),
-        class_weights=None if run.need is None else sha(run.need.double()),
+        class_weights=None if run.class_weights is None else sha(run.class_weights.double()),
         scores=scores,
         metrics=run.metrics,
         history=run.history,
@@ -117,7 +121,7 @@ def run(
     if make_weights:
         options['weights'] = make_weights(train, val, train_set, val_set)
     if make_loss:
-        options['extra'] = make_loss(student, t, train)
+        options['auxiliary'] = make_loss(student, t, train)
     options = dict(epochs=4, lr=0.1, alpha=0.5, seed=0, progress=False) | options
     return of_run(
         distill(student, t, MixedBatches(train, val, 0) if join else train, val, test=test, **options)
@@ -141,14 +145,22 @@ def meta(train, val, train_set, val_set):
 
 
 def attention(student, t, train):
-    first = next(iter(train.plain()))
+    first = next(iter(train.eval_view()))
     with torch.no_grad():
         examples = [default_outputs(m.eval(), first) for m in (student, t)]
-    return Extra(make_feature_loss('at', *examples, seed=0), 10.0)
+    return AuxiliaryLoss(make_feature_loss('at', *examples, seed=0), 10.0)
+
+
+def balanced(student, t, train):
+    return AuxiliaryLoss(lambda ours, theirs, batch: bdkd_loss(ours[-1], theirs[-1]))
+
+
+def spherical(student, t, train):
+    return AuxiliaryLoss(lambda ours, theirs, batch: spherical_kd_loss(ours[-1], theirs[-1]), 2.0)
 
 
 def mutual(student, t, train):
-    return Extra(DeepMutualLearning([network('cnn8', 2)]))
+    return AuxiliaryLoss(DeepMutualLearning([network('cnn8', 2)]))
 
 
 def fresh():
@@ -162,7 +174,7 @@ def out_of_fold():
     def fit(batches):
         return distill(network('cnn8', 4), None, batches, val, epochs=3, lr=0.1, progress=False).student
 
-    found = out_of_fold_weights(fit, train, val, progress=False)
+    found, _ = out_of_fold_weights(fit, train, val, progress=False)
     return dict(
         weights=sha(found.values), metrics=dict(clean_fraction=found.clean_fraction, p_value=found.p_value)
     )
@@ -170,10 +182,9 @@ def out_of_fold():
 
 def scores(solver, **options):
     train_set, val_set = noisy()
-    train, val = loader(train_set).plain(), loader(val_set).plain()
-    found = influence_scores(
-        teacher(noisy), batch_cross_entropy, train, val, solver, progress=False, **options
-    )
+    train, val = loader(train_set).eval_view(), loader(val_set).eval_view()
+    options = dict(last_layer=False, progress=False) | options
+    found = influence_scores(teacher(noisy), batch_cross_entropy, train, val, solver, **options)
     return dict(
         scores=sha(found.values), metrics=dict(mean=float(found.values.mean()), std=float(found.values.std()))
     )
@@ -181,8 +192,8 @@ def scores(solver, **options):
 
 def crossed(**options):
     train_set, val_set = noisy()
-    train, val = loader(train_set).plain(), loader(val_set).plain()
-    found = cross_scores(teacher(noisy), batch_cross_entropy, train, val, progress=False, **options)
+    train, val = loader(train_set).eval_view(), loader(val_set).eval_view()
+    found = cross_scores(teacher(noisy), batch_cross_entropy, train, val, **options)
     return dict(scores=sha(found.values, *found.reference), metrics=dict(mean=float(found.values.mean())))
 
 
@@ -190,29 +201,29 @@ def of_ssl(run):
     "What is kept of a semi-supervised run"
     return dict(
         student=state_sha(run.student),
-        average=state_sha(run.average),
+        average=state_sha(run.ema_model),
         state=state_sha(run.state),
         metrics=run.metrics,
         history=run.history,
     )
 
 
-def few(name='', teacher_too=False, **options):
-    "One semi-supervised run on digits with 40 labels"
-    labelled, unlabelled, truth = labelled_split(digits(600), 40 if not teacher_too else 80, 0)
+def few(name='', cross_fitting=None, weights=None, **options):
+    "One semi-supervised run on digits with 40 labels, or with 80 and two teachers"
+    labelled, unlabelled, truth = labelled_split(digits(600), 40 if cross_fitting is None else 80, 0)
     test = subset(load_images('digits', 'test'), 150, 0)
-    options = (
-        dict(steps=24, batch_size=20, ratio=2, lr=0.1, ema=0.95, every=8, seed=0, progress=False, test=test)
-        | options
-    )
-    if teacher_too:
-        return of_ssl(distill_ssl(network('cnn8', 1), None, labelled, unlabelled, **options))
-    rule = SSL_RULES[name](truth) if name == 'supervised_all' else SSL_RULES[name]()
-    return of_ssl(train_ssl(network('cnn8', 1), rule, labelled, unlabelled, **options))
+    settings = dict(steps=24, batch_size=20, mu=2, lr=0.1, ema=0.95, every=8, seed=0, progress=False)
+    training, student = SSLTraining(**(settings | options)), network('cnn8', 1)
+    if cross_fitting is not None:
+        options = dict(test=test, training=training, **cross_fitting)
+        return of_ssl(distill_ssl(student, None, labelled, unlabelled, **options))
+    algorithm = ALGORITHMS[name](truth) if name == 'supervised_all' else ALGORITHMS[name]()
+    options = dict(test=test, training=training, weights=weights)
+    return of_ssl(train_ssl(student, algorithm, labelled, unlabelled, **options))
 
 
-def half(step, terms):
-    return torch.linspace(0.0, 1.0, len(terms.unsupervised))
+def half(step, output):
+    return torch.linspace(0.0, 1.0, len(output.unsupervised))
 
 
 CASES = dict(
@@ -227,9 +238,9 @@ CASES = dict(
     student_online=lambda: run(mechanism='student', schedule=Online(1), beta=1.0),
     both=lambda: run(mechanism='both', make_teacher=fresh),
     both_goes_on=lambda: run(mechanism='both'),
-    both_twice=lambda: run(mechanism='both', make_teacher=fresh, rounds=2),
+    both_twice=lambda: run(mechanism='both', make_teacher=fresh, generations=2),
     joint=lambda: run(mechanism='both', schedule=Every(1, 1)),
-    teacher_first=lambda: run(mechanism='both', schedule=Every(2, 1, ahead=True)),
+    teacher_first=lambda: run(mechanism='both', schedule=Every(2, 1, teacher_first=True)),
     published=lambda: run(mechanism='both', schedule=Every(1, 2), beta=1.0),
     online=lambda: run(mechanism='both', schedule=Online(1), beta=1.0),
     sigmoid=lambda: run(mechanism='student', beta=1.0),
@@ -241,22 +252,28 @@ CASES = dict(
     tail_joint=lambda: run(tailed, mechanism='both', schedule=Every(1, 1), epochs=5),
     asymmetric=lambda: run(asymmetric, mechanism='both', make_teacher=fresh),
     bfloat16=lambda: run(mechanism='student', autocast=torch.bfloat16),
-    held_out=lambda: run(mechanism='student', train_on_val=False),
-    own_reference=lambda: run(mechanism='student', borrow=False, folds=3, score='local+loss'),
+    held_out=lambda: run(mechanism='student', include_validation=False),
+    own_reference=lambda: run(
+        mechanism='student', pooled_reference=False, folds=3, score=('posterior', 'loss')
+    ),
     fixed_weights=lambda: run(make_weights=fixed),
     fixed_all=lambda: run(make_weights=fixed_all),
-    fixed_alone=lambda: run(make_weights=fixed, train_on_val=False),
+    fixed_alone=lambda: run(make_weights=fixed, include_validation=False),
     meta_weight_net=lambda: run(make_weights=meta),
-    class_weights_alone=lambda: run(tailed, make_weights=ones, need=Need()),
+    class_weights_alone=lambda: run(tailed, make_weights=ones, class_weighting=ClassWeighting()),
     attention=lambda: run(make_loss=attention, mechanism='student'),
+    balanced_divergence=lambda: run(make_loss=balanced, join=True),
+    spherical_weighted=lambda: run(make_loss=spherical, mechanism='student'),
     mutual=lambda: run(with_teacher=False, make_loss=mutual, join=True),
     out_of_fold=out_of_fold,
     scores_cg=lambda: scores(CG()),
     scores_woodbury=lambda: scores(Woodbury()),
     scores_ekfac=lambda: scores(EKFAC()),
     scores_diagonal=lambda: scores(Diagonal()),
-    scores_local=lambda: scores(None, target='local', last_layer=True),
-    crossed_all_layers=lambda: crossed(last_layer=False, score='mean+loss'),
+    scores_local=lambda: scores(None, target='posterior', last_layer=True),
+    crossed_all_layers=lambda: crossed(
+        scoring=Scoring(last_layer=False, progress=False), score=('mean', 'loss')
+    ),
     supervised=lambda: few('supervised'),
     supervised_all=lambda: few('supervised_all'),
     pseudo_label=lambda: few('pseudo_label', weights=half),
@@ -265,5 +282,5 @@ CASES = dict(
     mean_teacher=lambda: few('mean_teacher'),
     vat=lambda: few('vat'),
     meta_pseudo_labels=lambda: few('mpl'),
-    kd_aif_ssl=lambda: few(teacher_too=True, steps=30, refresh=5),
+    kd_aif_ssl=lambda: few(cross_fitting=dict(refresh=5), steps=30),
 )
