@@ -1,137 +1,26 @@
-"Teachers that train along: hand computation, identities, who learns from whom, weights, that each falls when trained alone, and the training loop."
+"Teachers that learn along: hand computation, who learns from whom, weights, each trained alone, faults, the training loop."
 
 import copy, math
 
 import pytest, torch
-import torch.nn.functional as F
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 from torch import nn
-from kd_aif.foundation.core import generator
-from kd_aif.data.images import hold_out, subset
+from teacher_cases import B, C, EXTRAS, MODULES, clones, extra, kl, network, outputs_of, random
+
 from kd_aif.data.loaders import ImageBatches
 from kd_aif.data.sources import load_images
-from kd_aif.data.mixed_batches import MixedBatches
-from kd_aif.distillation.distill import distill
-from kd_aif.distillation.objective import Extra, autocast_forward, default_outputs
-from kd_aif.rivals.published_losses import make_feature_loss
+from kd_aif.distillation.objective import AuxiliaryLoss, autocast_forward, default_outputs
+from kd_aif.foundation.core import generator
 from kd_aif.foundation.losses import batch_cross_entropy, kd_loss, weighted_mean
 from kd_aif.models.build import build_model
 from kd_aif.models.features import default_forward
-from kd_aif.rivals.assistants import ASSISTANTS, assistant_name, distill_in_steps
-from kd_aif.rivals.online_teachers import (
-    DeepMutualLearning,
-    DiversePeers,
-    NativeEnsemble,
-    TeacherAdapter,
-    bdkd_loss,
-    last_part,
-)
+from kd_aif.rivals.branches import DiversePeers, NativeEnsemble
+from kd_aif.rivals.online_teachers import DeepMutualLearning, TeacherAdapter, bdkd_loss
+from kd_aif.rivals.published_losses import make_feature_loss
+from flat_settings import distill
 
 quick = hypothesis_settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 10**6)
-B, C = 6, 4
-EXTRAS = 'dml', 'one', 'okddip', 'pesf', 'bdkd'
-MODULES = EXTRAS[:-1]
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def network(seed, name='cnn8'):
-    return build_model(name, 10, 1, seed=seed)
-
-
-def kl(p, q, T):
-    return F.kl_div((q / T).log_softmax(1), (p / T).softmax(1), reduction='none').sum(1) * T * T
-
-
-def clones(outputs):
-    return [o.detach().clone().requires_grad_() for o in outputs]
-
-
-@pytest.fixture(scope='module')
-def digits():
-    return next(iter(ImageBatches(load_images('digits'), 60, shuffle=False)))
-
-
-@pytest.fixture(scope='module')
-def teacher_outputs(digits):
-    with torch.no_grad():
-        return default_outputs(network(5, 'cnn16').eval(), digits)
-
-
-def outputs_of(digits, name='cnn8', seed=0):
-    return default_outputs(network(seed, name), digits)
-
-
-def extra(name, student, teacher):
-    "The term of a method, of untrained networks"
-    return dict(
-        dml=lambda: DeepMutualLearning([network(1, 'cnn16')]),
-        one=lambda: NativeEnsemble([network(1), network(2)], student),
-        okddip=lambda: DiversePeers([network(1), network(2), network(3)], student),
-        pesf=lambda: TeacherAdapter(teacher),
-        bdkd=lambda: lambda s, t, batch: bdkd_loss(s[-1], t[-1]),
-    )[name]()
-
-
-# Teacher assistant
-
-
-def test_the_assistant_learns_from_the_teacher_and_the_student_from_the_assistant():
-    train, val = (
-        ImageBatches(d, 32, seed=0) for d in hold_out(subset(load_images('digits'), 160, 0), 60, seed=0)
-    )
-    settings = dict(epochs=1, lr=0.05, progress=False, seed=0)
-    teacher, assistant, student = network(0, 'cnn12'), network(1, 'cnn10'), network(2)
-    before = copy.deepcopy(teacher.state_dict())
-    by_hand = copy.deepcopy(assistant), copy.deepcopy(student)
-    runs = distill_in_steps([teacher, assistant, student], train, val, val, **settings)
-    distill(by_hand[0], teacher, train, val, **settings)
-    distill(by_hand[1], by_hand[0], train, val, **settings)
-    for ours, theirs in zip((assistant, student), by_hand):
-        for p, q in zip(ours.state_dict().values(), theirs.state_dict().values()):
-            assert torch.equal(p, q)
-    assert [run.teacher for run in runs] == [teacher, assistant] and runs[-1].student is student
-    assert 'test_accuracy' in runs[-1].metrics and 'test_accuracy' not in runs[0].metrics
-    assert all(torch.equal(v, teacher.state_dict()[k]) for k, v in before.items())
-
-
-def test_another_teacher_makes_another_assistant_and_so_another_student():
-    train, val = (
-        ImageBatches(d, 32, seed=0) for d in hold_out(subset(load_images('digits'), 120, 0), 60, seed=0)
-    )
-    found = [
-        distill_in_steps(
-            [network(seed, 'cnn12'), network(1, 'cnn10'), network(2)],
-            train,
-            val,
-            epochs=1,
-            lr=0.05,
-            progress=False,
-        )[-1].student
-        for seed in (0, 7)
-    ]
-    assert not torch.equal(*(s[-1].weight for s in found))
-
-
-@pytest.mark.parametrize(
-    'teacher, student, assistant',
-    [
-        ('cnn32', 'cnn16', 'cnn24'),
-        ('cnn16', 'cnn8', 'cnn12'),
-        ('mlp64', 'mlp16', 'mlp40'),
-        *((*pair, a) for pair, a in ASSISTANTS.items()),
-    ],
-)
-def test_an_assistant_is_between(teacher, student, assistant):
-    assert assistant_name(teacher, student) == assistant
-    sizes = [
-        sum(p.numel() for p in build_model(name, 10, 3, seed=0).parameters())
-        for name in (teacher, assistant, student)
-    ]
-    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
 
 
 # Deep mutual learning
@@ -279,140 +168,6 @@ def test_the_teacher_itself_rests(digits, teacher_outputs):
     assert all(o.grad is None for o in theirs) and adapter.adapter[-1].weight.grad.any()
 
 
-# Branches
-
-
-@pytest.mark.parametrize(
-    'name',
-    ['cnn8', 'mlp16', 'resnet8x4', 'wrn_16_2', 'vgg8', 'mobilenetv2_half', 'shufflenetv1', 'shufflenetv2'],
-)
-def test_the_last_part_is_what_comes_after_its_place(name):
-    model = build_model(name, 7, 1, seed=0, in_features=1024).eval()
-    x = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        outputs = default_outputs(model, dict(x=x))
-        place, part = last_part(model)
-        shared = outputs[place].clone()
-        assert torch.allclose(part(outputs[place]), outputs[-1], atol=1e-5) and torch.equal(
-            outputs[place], shared
-        ), 'a branch leaves the shared map as it is'
-    mine = {id(p) for p in model.parameters()}
-    assert {id(p) for p in part.parameters()} < mine
-
-
-def test_branches_begin_differently_and_share_the_rest(digits):
-    ours = outputs_of(digits)
-    one = NativeEnsemble([network(1), network(2)], ours)
-    a, b = (z for _, z in one.outputs(ours))
-    assert not torch.allclose(a, b) and not torch.allclose(a, ours[-1])
-    (gradient,) = torch.autograd.grad(one(ours, None, digits).mean(), ours[one.place])
-    assert gradient.any(), 'the early layers learn from the branches too'
-
-
-def test_a_uniform_gate_makes_the_mean_of_logits_and_one_by_hand(digits):
-    ours = outputs_of(digits)
-    one = NativeEnsemble([network(1), network(2)], ours, T=2.0)
-    for p in one.gate.parameters():
-        nn.init.zeros_(p)
-    ensemble, members = one.ensemble(ours)
-    assert (
-        torch.allclose(one.importance(ours), torch.full((60, 3), 1 / 3))
-        and torch.allclose(ensemble, members.mean(1), atol=1e-5)
-        and torch.equal(members[:, 0], ours[-1])
-    )
-    expected = (
-        batch_cross_entropy(ensemble, digits)
-        + sum(batch_cross_entropy(members[:, i], digits) for i in (1, 2))
-        + sum(kl(ensemble, members[:, i], 2.0) for i in range(3))
-    )
-    assert torch.allclose(one(ours, None, digits), expected, atol=1e-4)
-
-
-def test_the_gate_weighs(digits):
-    ours = outputs_of(digits)
-    one = NativeEnsemble([network(1)], ours)
-    assert (
-        torch.allclose(one.importance(ours).sum(1), torch.ones(60)) and one.importance(ours).std(0).min() > 0
-    )
-    one.gate = nn.Sequential(nn.Linear(ours[one.place].shape[1], 2))
-    with torch.no_grad():
-        one.gate[0].weight.zero_()
-        one.gate[0].bias.copy_(torch.tensor([0.0, 30.0]))
-    assert torch.allclose(one.ensemble(ours)[0], one.outputs(ours)[0][1], atol=1e-4)
-
-
-def test_the_ensemble_teaches_and_is_not_taught_by_the_divergence(digits):
-    "Without the ensemble's cross-entropy the gate has no gradient"
-    ours = outputs_of(digits)
-    one = NativeEnsemble([network(1), network(2)], ours)
-    gate = one.gate[0].weight
-    (found,) = torch.autograd.grad(one(ours, None, digits).mean(), gate)
-    (alone,) = torch.autograd.grad(batch_cross_entropy(one.ensemble(ours)[0], digits).mean(), gate)
-    assert found.any() and torch.allclose(found, alone, atol=1e-6)
-
-
-def test_attention_rows_sum_to_one_and_follow_the_features(digits):
-    ours = outputs_of(digits)
-    peers = DiversePeers([network(s) for s in (1, 2, 3)], ours)
-    features = torch.stack([f for f, _ in peers.outputs(ours)], 1)
-    a = peers.attention(features)
-    assert (
-        a.shape == (60, 3, 3)
-        and torch.allclose(a.sum(-1), torch.ones(60, 3), atol=1e-6)
-        and (a > 0).all()
-        and not torch.allclose(a, a.mT)
-    ), 'not symmetric: each peer has targets of its own'
-    q, k = (features[5] @ w.T for w in (peers.query.weight, peers.key.weight))
-    for row in range(3):
-        assert torch.allclose(a[5, row], torch.stack([q[row] @ k[b] for b in range(3)]).softmax(0), atol=1e-6)
-
-
-def test_okddip_by_hand(digits):
-    ours = outputs_of(digits)
-    peers = DiversePeers([network(s) for s in (1, 2)], ours, T=2.0)
-    (f0, z0), (f1, z1) = peers.outputs(ours)
-    a = peers.attention(torch.stack([f0, f1], 1))
-    targets = [a[:, i, :1] * z0 + a[:, i, 1:] * z1 for i in (0, 1)]
-    expected = (
-        batch_cross_entropy(z0, digits)
-        + batch_cross_entropy(z1, digits)
-        + kl(targets[0], z0, 2.0)
-        + kl(targets[1], z1, 2.0)
-        + kl((z0 + z1) / 2, ours[-1], 2.0)
-    )
-    assert torch.allclose(peers(ours, None, digits), expected, atol=1e-4)
-
-
-def test_the_attention_learns_through_the_targets(digits):
-    ours = outputs_of(digits)
-    peers = DiversePeers([network(s) for s in (1, 2)], ours)
-    peers(ours, None, digits).mean().backward()
-    assert peers.query.weight.grad.any() and peers.key.weight.grad.any()
-
-
-@pytest.mark.parametrize('kind', [NativeEnsemble, DiversePeers])
-def test_lessons_begin_slowly_and_only_training_counts(kind, digits):
-    ours = outputs_of(digits)
-
-    def made(**more):
-        return kind([network(1), network(2)], ours, **more)
-
-    slow, full = made(ramp_up=10), made()
-    first, late = slow(ours, None, digits), full(ours, None, digits)
-    without = [(late - first).mean().item()]
-    assert int(slow.steps) == 1 and int(full.steps) == 0 and without[0] > 0
-    shares = torch.stack([torch.as_tensor(slow.share()) for _ in range(12)])
-    assert (
-        shares[8].item() == pytest.approx(math.exp(-5 * 0.01), rel=1e-4)
-        and (shares.diff() >= 0).all()
-        and torch.equal(shares[9:], torch.ones(3))
-    )
-    steps = int(slow.steps)
-    slow.eval().share()
-    assert int(slow.steps) == steps
-    assert torch.allclose(slow.train()(ours, None, digits), late, atol=1e-5)
-
-
 # One value per sample, for all
 
 
@@ -497,18 +252,17 @@ def test_falls_when_trained_alone(name, digits, teacher_outputs):
 # In the training loop
 
 
-@pytest.fixture(scope='module')
-def sets():
-    return [ImageBatches(d, 32, seed=0) for d in hold_out(subset(load_images('digits'), 220, 0), 60, seed=0)]
-
-
 @pytest.mark.parametrize(
     'name, size', [*((name, 'cnn8') for name in EXTRAS), ('one', 'resnet8x4'), ('okddip', 'resnet8x4')]
 )
 def test_every_method_trains_in_the_loop_under_weights(name, size, sets):
     "With its parameters along, and without a trained teacher where it needs none"
     train, val = sets
-    student, teacher, first = build_model(size, 10, 1, seed=1), network(0, 'cnn16'), next(iter(train.plain()))
+    student, teacher, first = (
+        build_model(size, 10, 1, seed=1),
+        network(0, 'cnn16'),
+        next(iter(train.eval_view())),
+    )
     ours, theirs = (default_outputs(m, first) for m in (student, teacher))
     term = dict(
         one=lambda: NativeEnsemble([build_model(size, 10, 1, seed=2)], ours),
@@ -522,7 +276,7 @@ def test_every_method_trains_in_the_loop_under_weights(name, size, sets):
         train,
         val,
         weights=w,
-        extra=Extra(term),
+        auxiliary=AuxiliaryLoss(term),
         epochs=1 if size != 'cnn8' else 2,
         lr=0.02,
         alpha=0.0,
@@ -547,19 +301,27 @@ def test_what_has_no_weight_teaches_no_network(name, sets):
     "Other labels of samples without weight change nothing, in the student or beside it"
     train, val = sets
 
-    def trained(wrong):
+    def trained(shift):
         class Relabelled:
             def __iter__(self):
                 return (
-                    {**b, 'y': torch.where(b['index'] % 3 == 0, (b['y'] + wrong) % 10, b['y'])}
-                    for b in train.plain()
+                    {**b, 'y': torch.where(b['index'] % 3 == 0, (b['y'] + shift) % 10, b['y'])}
+                    for b in train.eval_view()
                 )
 
         student = network(1)
-        term = extra(name, default_outputs(student, next(iter(train.plain()))), None)
-        w = torch.cat([(b['index'] % 3 != 0).float() for b in train.plain()])
+        term = extra(name, default_outputs(student, next(iter(train.eval_view()))), None)
+        w = torch.cat([(b['index'] % 3 != 0).float() for b in train.eval_view()])
         distill(
-            student, None, Relabelled(), val, weights=w, extra=Extra(term), epochs=1, lr=0.02, progress=False
+            student,
+            None,
+            Relabelled(),
+            val,
+            weights=w,
+            auxiliary=AuxiliaryLoss(term),
+            epochs=1,
+            lr=0.02,
+            progress=False,
         )
         return [*student.parameters(), *term.parameters()]
 
@@ -579,7 +341,7 @@ def test_lower_precision_reaches_the_networks_beside_the_student(name, sets):
             hook.remove()
 
     student = network(1)
-    ours = default_outputs(student, next(iter(train.plain())))
+    ours = default_outputs(student, next(iter(train.eval_view())))
     term = dict(
         dml=lambda: DeepMutualLearning([network(2)], forward=seen),
         one=lambda: NativeEnsemble([network(2)], ours, forward=seen),
@@ -590,7 +352,7 @@ def test_lower_precision_reaches_the_networks_beside_the_student(name, sets):
         None,
         train,
         val,
-        extra=Extra(term),
+        auxiliary=AuxiliaryLoss(term),
         epochs=1,
         lr=0.02,
         autocast=torch.bfloat16,
@@ -605,12 +367,12 @@ def test_a_peer_helps_more_than_labels_alone_would_say(sets):
 
     def trained(extra):
         return (
-            distill(network(1), None, train, val, extra=extra, epochs=1, lr=0.02, progress=False)
+            distill(network(1), None, train, val, auxiliary=extra, epochs=1, lr=0.02, progress=False)
             .student[-1]
             .weight
         )
 
-    assert not torch.allclose(trained(Extra(DeepMutualLearning([network(2)]))), trained(None))
+    assert not torch.allclose(trained(AuxiliaryLoss(DeepMutualLearning([network(2)]))), trained(None))
 
 
 # Mistakes
@@ -621,8 +383,6 @@ def maps():
 
 
 FAULTS = {
-    'no assistant': (lambda: distill_in_steps([network(0), network(1)], [], []), 'models has 2 networks'),
-    'unknown pair': (lambda: assistant_name('cnn32', 'resnet20'), 'ASSISTANTS'),
     'no peers': (lambda: DeepMutualLearning([]), 'peers is empty'),
     'temperature': (lambda: DeepMutualLearning([network(0)], T=0.0), 'T is 0'),
     'emphasis': (lambda: bdkd_loss(random(B, C), random(B, C), emphasis=0.0), 'emphasis is 0'),
@@ -630,26 +390,13 @@ FAULTS = {
     'hidden': (lambda: TeacherAdapter(maps(), hidden=0), 'hidden is 0'),
     'alpha': (lambda: TeacherAdapter(maps(), alpha=-1.0), 'alpha is'),
     'no teacher': (lambda: TeacherAdapter(maps())(maps(), None, {}), 'needs a trained teacher'),
-    'no branches': (lambda: NativeEnsemble([], maps()), 'models is empty'),
-    'one peer': (lambda: DiversePeers([network(0)], maps()), 'models has 1'),
-    'ramp_up': (lambda: NativeEnsemble([network(0)], maps(), ramp_up=-1), 'ramp_up is -1'),
-    'other width': (lambda: NativeEnsemble([network(0, 'cnn12')], maps()), 'does not fit'),
-    'other classes': (
-        lambda: NativeEnsemble([build_model('cnn8', 7, 1, seed=0)], maps()),
-        'new networks of its architecture',
-    ),
-    'unknown network': (lambda: last_part(nn.Linear(3, 3)), 'model Linear has no stages'),
-    'one rectifier': (
-        lambda: last_part(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))),
-        'two rectifiers',
-    ),
 }
 
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_faults_name_the_argument(fault):
-    mistake, says = FAULTS[fault]
-    with pytest.raises(ValueError, match=says):
+    mistake, message = FAULTS[fault]
+    with pytest.raises(ValueError, match=message):
         mistake()
 
 
@@ -663,5 +410,5 @@ def test_what_needs_a_teacher_says_so_before_training(name, sets, teacher_output
         else extra(name, None, teacher_outputs)
     )
     with pytest.raises(ValueError, match='teacher'):
-        distill(student, None, *sets, extra=Extra(loss), epochs=1, progress=False)
+        distill(student, None, *sets, auxiliary=AuxiliaryLoss(loss), epochs=1, progress=False)
     assert all(torch.equal(v, student.state_dict()[k]) for k, v in before.items())
