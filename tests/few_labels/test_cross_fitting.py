@@ -1,6 +1,7 @@
 "Cross-fitted teachers: influence of every label by gradients, calibration, what a teacher may and may not know, checkpoints, arguments that make no sense."
 
 import copy
+import dataclasses
 from dataclasses import replace
 from unittest import mock
 
@@ -8,27 +9,28 @@ import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 from torch import nn
-from kd_aif.few_labels import cross_fitting
-from kd_aif.few_labels.cross_fitting import CrossFit, Teachers, distill_ssl, judging_folds
+from kd_aif.few_labels import cross_fitted_teachers
+from kd_aif.few_labels.cross_fitted_teachers import Teachers, calibration_folds
+from kd_aif.few_labels.cross_fitting import CrossFit, distill_ssl
 from kd_aif.few_labels.label_calibration import (
-    calibration_error,
-    doubt_exponents,
-    doubted,
     fit_scales,
     label_influence,
     pool_exponent,
-    reliability,
+    student_adjusted_weights,
+    student_exponents,
 )
+from kd_aif.few_labels.pseudo_labels import PseudoLabelMeter, calibration_error, reliability_diagram
+from kd_aif.few_labels.settings import SSLTraining, ssl_trainer
 from kd_aif.foundation.splits import stratified_folds
 from kd_aif.data.images import subset
 from kd_aif.data.sources import load_images
 from kd_aif.models.build import build_model
 from kd_aif.few_labels.algorithms import Supervised
 from kd_aif.few_labels.batches import labelled_split
-from kd_aif.few_labels.trainer import ssl_sgd, train_ssl
+from kd_aif.few_labels.trainer import train_ssl
 
 quick = hypothesis_settings(max_examples=25, deadline=None)
-SHORT = dict(steps=6, batch_size=20, ratio=2, lr=0.05, ema=0.9, every=2, progress=False)
+SHORT = dict(steps=6, batch_size=20, mu=2, lr=0.05, ema=0.9, every=2, progress=False)
 
 
 @pytest.fixture(scope='module')
@@ -41,11 +43,19 @@ def network(seed=0, name='cnn8'):
 
 
 def distil(split, student=None, teacher=network, **more):
-    return distill_ssl(student or network(), teacher, *split[:2], **(SHORT | dict(refresh=2) | more))
+    "A short run; `more` has options of `distill_ssl`, settings of `CrossFit`, and fields of `SSLTraining`"
+    fields = {f.name for f in dataclasses.fields(SSLTraining)}
+    training = SSLTraining(**(SHORT | {k: v for k, v in more.items() if k in fields}))
+    options = dict(refresh=2) | {k: v for k, v in more.items() if k not in fields}
+    return distill_ssl(student or network(), teacher, *split[:2], training=training, **options)
+
+
+def make_trainer(model, ema=0.99):
+    return ssl_trainer(model, SSLTraining(steps=6, lr=0.1), ema)
 
 
 def teachers(split, seed=0, weak=None):
-    return Teachers([network(1), network(2)], *split[:2], lambda m: ssl_sgd(m, 0.1), weak, seed=seed)
+    return Teachers([network(1), network(2)], *split[:2], make_trainer, weak, seed=seed)
 
 
 def tensors(module):
@@ -123,17 +133,17 @@ def test_the_exponent_stays_between_one_opinion_and_two():
 
 @quick
 @given(st.integers(0, 10**6), st.integers(1, 20))
-def test_reliability_counts_every_sample_once(seed, bins):
+def test_reliability_diagram_counts_every_sample_once(seed, bins):
     g = torch.Generator().manual_seed(seed)
-    said, right = torch.rand(100, generator=g), torch.rand(100, generator=g) < 0.5
-    mean, share, n = reliability(said, right, bins)
+    predicted, right = torch.rand(100, generator=g), torch.rand(100, generator=g) < 0.5
+    mean, fraction, n = reliability_diagram(predicted, right, bins)
     assert (
         int(n.sum()) == 100
-        and float((mean * n).sum() / 100) == pytest.approx(float(said.mean()), abs=1e-6)
-        and float((share * n).sum()) == pytest.approx(int(right.sum()))
+        and float((mean * n).sum() / 100) == pytest.approx(float(predicted.mean()), abs=1e-6)
+        and float((fraction * n).sum()) == pytest.approx(int(right.sum()))
     )
     assert (
-        reliability(torch.tensor([0.0, 1.0]), torch.tensor([False, True]), bins)[2].sum() == 2
+        reliability_diagram(torch.tensor([0.0, 1.0]), torch.tensor([False, True]), bins)[2].sum() == 2
         and calibration_error(right.float(), right, bins) == 0
     )
 
@@ -144,31 +154,33 @@ def test_reliability_counts_every_sample_once(seed, bins):
 @pytest.mark.parametrize('n, folds', [(40, 2), (80, 4), (120, 3)])
 def test_parts_are_balanced_and_each_teacher_leaves_one_out(n, folds):
     labelled, unlabelled, _ = labelled_split(subset(load_images('digits'), 300, 0), n, 0)
-    both = Teachers([network(1), network(2)], labelled, unlabelled, lambda m: ssl_sgd(m, 0.1), None, folds)
+    both = Teachers([network(1), network(2)], labelled, unlabelled, make_trainer, None, folds)
     for c in range(10):
         assert both.fold[labelled.y == c].bincount().tolist() == [n // 10 // folds] * folds
     order = torch.randperm(n)
     for k in (0, 1):
         assert (
-            torch.equal(both.learns(k, labelled.index[order]), both.fold[order] != k)
-            and int((~both.learns(k, labelled.index)).sum()) == n // folds
+            torch.equal(both.in_training_fold(k, labelled.index[order]), both.fold[order] != k)
+            and int((~both.in_training_fold(k, labelled.index)).sum()) == n // folds
         )
 
 
 @pytest.mark.parametrize('smallest, folds', [(2, 2), (19, 2), (29, 2), (30, 3), (79, 7), (400, 8)])
 def test_parts_by_the_smallest_class(smallest, folds):
-    assert judging_folds(torch.arange(3).repeat_interleave(torch.tensor([smallest, 500, 900]))) == folds
+    assert calibration_folds(torch.arange(3).repeat_interleave(torch.tensor([smallest, 500, 900]))) == folds
 
 
 @pytest.mark.parametrize('folds, n', [(2, 40), (4, 80)])
-def test_a_teacher_does_not_learn_the_labels_that_judge_it(folds, n):
+def test_a_teacher_does_not_learn_the_labels_that_calibrate_it(folds, n):
     labelled, unlabelled, _ = labelled_split(subset(load_images('digits'), 300, 0), n, 0)
     fold = stratified_folds(labelled.y, folds, 0)
     wrong = replace(labelled, y=torch.where(fold == 1, (labelled.y + 1) % 10, labelled.y))
-    with mock.patch.object(cross_fitting, 'stratified_folds', lambda *args: fold):  # the same parts for both
+    with mock.patch.object(
+        cross_fitted_teachers, 'stratified_folds', lambda *args: fold
+    ):  # the same parts for both
         a, b = (
             distil((data, unlabelled), folds=folds, refresh=10) for data in (labelled, wrong)
-        )  # no judgement in six steps
+        )  # no calibration in six steps
     assert (
         same(a.state.networks[1], b.state.networks[1])
         and not same(a.state.networks[0], b.state.networks[0])
@@ -181,14 +193,14 @@ def test_the_student_reaches_no_teacher(split):
     assert not same(a.student, b.student) and not torch.equal(a.state.exponents, b.state.exponents)
     assert {k for k, v in tensors(a.state).items() if not torch.equal(v, tensors(b.state)[k])} == {
         'exponents'
-    }, 'it has a say in the weights alone'
+    }, 'it changes the weights alone'
 
 
 def test_without_a_student_the_weight_is_the_teachers_probability(split):
     both = teachers(split)
     both.refresh(0, n_others=100)
     x = both.images(split[1].x[:30])
-    weights, labels = both.named(x)
+    weights, labels = both.pseudo_labels(x)
     assert (
         torch.equal(weights, both(x).exp().amax(1))
         and torch.equal(labels, both(x).argmax(1))
@@ -198,14 +210,14 @@ def test_without_a_student_the_weight_is_the_teachers_probability(split):
 
 @quick
 @given(st.integers(0, 10**6), st.floats(0.5, 3.0))
-def test_doubts_move_trust_and_leave_its_sum(seed, sure):
+def test_the_student_moves_weights_and_leaves_their_mean(seed, sure):
     g = torch.Generator().manual_seed(seed)
     q, p = (
         torch.randn(400, 6, generator=g).log_softmax(1),
         (sure * torch.randn(400, 6, generator=g)).log_softmax(1),
     )
-    found = doubt_exponents(q, p)
-    weights, labels = doubted(q, p, found)
+    found = student_exponents(q, p)
+    weights, labels = student_adjusted_weights(q, p, found)
     assert torch.equal(labels, q.argmax(1)) and float(weights.mean()) == pytest.approx(
         float(q.exp().amax(1).mean()), abs=1e-3
     )
@@ -215,17 +227,22 @@ def test_doubts_move_trust_and_leave_its_sum(seed, sure):
 
 def test_a_student_that_says_nothing_or_contradicts_everywhere():
     q = (3 * torch.randn(200, 5)).log_softmax(1)
-    weights, _ = doubted(q, nothing := torch.full_like(q, 0.2).log(), doubt_exponents(q, nothing))
+    weights, _ = student_adjusted_weights(
+        q, nothing := torch.full_like(q, 0.2).log(), student_exponents(q, nothing)
+    )
     assert torch.allclose(weights, q.exp().amax(1), atol=1e-3)
     against = torch.where(torch.nn.functional.one_hot(q.argmax(1), 5).bool(), -20.0, q).log_softmax(1)
-    found = doubt_exponents(q, against)
-    assert torch.isfinite(torch.tensor(found)).all() and (doubted(q, against, found)[0] < 0.5).all()
+    found = student_exponents(q, against)
+    assert (
+        torch.isfinite(torch.tensor(found)).all()
+        and (student_adjusted_weights(q, against, found)[0] < 0.5).all()
+    )
 
 
-def test_nothing_is_learned_from_unjudged_labels(split):
+def test_nothing_is_learned_before_the_first_calibration(split):
     a, b = (
         distil(split, refresh=10, steps=5),
-        train_ssl(network(), Supervised(), *split[:2], **(SHORT | dict(steps=5))),
+        train_ssl(network(), Supervised(), *split[:2], training=SSLTraining(**(SHORT | dict(steps=5)))),
     )
     assert all(h['mask'] == 0 and h['loss_unlabelled'] == 0 for h in a.history)
     weights = [p for n, p in a.student.named_parameters() if p.ndim > 1]
@@ -233,25 +250,27 @@ def test_nothing_is_learned_from_unjudged_labels(split):
     assert distil(split, refresh=2).history[-1]['mask'] > 0 and 'mask' not in b.history[-1]
 
 
-@pytest.mark.parametrize('share, taught', [(1.0, 0.4), (0.25, 1.0), (0.0, 0.5), (0.5, 0.0), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    'teacher_fraction, student_fraction', [(1.0, 0.4), (0.25, 1.0), (0.0, 0.5), (0.5, 0.0), (1.0, 1.0)]
+)
 @pytest.mark.parametrize('u', [40, 41])
-def test_each_looks_at_what_is_learned_and_at_no_more(split, share, taught, u):
-    rule = CrossFit(split[0], share, taught)
-    own, middle, looks = rule.parts(u)
+def test_each_predicts_what_is_learned_and_no_more(split, teacher_fraction, student_fraction, u):
+    algorithm = CrossFit(split[0], teacher_fraction, student_fraction)
+    own, middle, predicted = algorithm.parts(u)
     everything = list(range(u))
     first, second = (set(everything[s]) for s in own)
     assert (
-        len(first) == len(second) == int(share * u) // 2
+        len(first) == len(second) == int(teacher_fraction * u) // 2
         and not first & second
-        and len(everything[middle]) == int(taught * u)
+        and len(everything[middle]) == int(student_fraction * u)
     )
-    for mine, look in zip((first, second), looks):
-        seen, wanted = set(everything[look]), mine | set(everything[middle])
+    for mine, rows in zip((first, second), predicted):
+        seen, wanted = set(everything[rows]), mine | set(everything[middle])
         assert wanted <= seen and len(seen) <= max(len(mine), u - middle.start)
-    run = distil(split, share=share, taught=taught, steps=4)
-    assert all(torch.isfinite(torch.tensor(h['loss_unlabelled'])) for h in run.history) and (taught == 0) == (
-        run.history[-1]['mask'] == 0
-    )
+    run = distil(split, teacher_fraction=teacher_fraction, student_fraction=student_fraction, steps=4)
+    assert all(torch.isfinite(torch.tensor(h['loss_unlabelled'])) for h in run.history) and (
+        student_fraction == 0
+    ) == (run.history[-1]['mask'] == 0)
 
 
 def test_a_refresh_is_a_function_of_its_number(split):
@@ -265,7 +284,7 @@ def test_a_refresh_is_a_function_of_its_number(split):
     assert (
         0.5 <= a.gamma <= 1
         and (a.scales >= 0).all()
-        and not a.averages[0].training
+        and not a.ema_models[0].training
         and a.networks[0].training
     )
 
@@ -309,7 +328,7 @@ def test_teachers_come_from_a_function_a_network_or_the_student(split):
     assert all(torch.equal(v, before[k]) for k, v in given.state_dict().items()), (
         'the given one is not trained'
     )
-    fresh = CrossFit(split[0]).start(student := network(), split[1], 10, lambda m: ssl_sgd(m, 0.1))
+    fresh = CrossFit(split[0]).start(student := network(), split[1], 10, make_trainer)
     assert (
         not same(fresh.networks[0], fresh.networks[1])
         and not same(fresh.networks[0], student)
@@ -337,13 +356,15 @@ def test_a_run_is_a_function_of_its_seed_and_goes_on_from_a_checkpoint(split, tm
     resumed = distil(split, checkpoint=tmp_path / 'a.pt')
     assert (
         same(whole.student, resumed.student)
-        and same(whole.average, resumed.average)
+        and same(whole.ema_model, resumed.ema_model)
         and same(whole.state, resumed.state)
     )
-    for p, q in zip(whole.state.optimizers, resumed.state.optimizers):
-        assert str(p.state_dict()) == str(q.state_dict())
+    for p, q in zip(whole.state.trainers, resumed.state.trainers):
+        assert str(p.optimizer.state_dict()) == str(q.optimizer.state_dict())
+        assert str(p.schedule.state_dict()) == str(q.schedule.state_dict())
+        assert torch.equal(p.average.n_averaged, q.average.n_averaged)
     with pytest.raises(ValueError, match='checkpoint'):
-        distil(split, share=0.5, checkpoint=tmp_path / 'a.pt')
+        distil(split, teacher_fraction=0.5, checkpoint=tmp_path / 'a.pt')
 
 
 def test_a_finished_run_still_knows_its_student(split, tmp_path):
@@ -351,13 +372,32 @@ def test_a_finished_run_still_knows_its_student(split, tmp_path):
         distil(split, checkpoint=tmp_path / 'a.pt') for _ in range(2)
     )  # the second has nothing left to do
     x = first.state.images(split[1].x[:30])
-    assert again.state.student[0] is again.average and first.state.exponents[1] > 0
-    for a, b in zip(first.state.named(x), again.state.named(x)):
+    assert again.state.student[0] is again.ema_model and first.state.exponents[1] > 0
+    for a, b in zip(first.state.pseudo_labels(x), again.state.pseudo_labels(x)):
         assert torch.equal(a, b)
 
 
+def test_rate_and_average_of_a_teacher_follow_the_number_of_the_step(split):
+    "Also where a batch has none of its labels, so that it does not learn"
+    run = distil(split, batch_size=1, mu=30, steps=9)
+    rates = {t.lr for t in run.state.trainers}
+    assert len(rates) == 1 and [int(t.average.n_averaged) for t in run.state.trainers] == [9, 9]
+    learned = [t.optimizer.state_dict()['state'] for t in run.state.trainers]
+    assert all(learned)
+
+
+def test_a_meter_measures_the_teachers(split):
+    meter = PseudoLabelMeter(*split, 0.0)
+    run = distil(split, measure=meter)
+    assert run.pseudo_labeller is run.state and run.state.network is run.state
+    weights, labels = run.state.pseudo_labels(run.state.images(split[1].x[meter.chosen]))
+    right = labels == split[2].of(split[1].index[meter.chosen])
+    assert run.history[-1]['pseudo_accuracy'] == pytest.approx(float(right.float().mean()))
+    assert run.history[-1]['confidence'] == pytest.approx(float(weights.mean()), abs=1e-5)
+
+
 def test_one_labelled_image_in_a_batch(split):
-    run = distil(split, batch_size=1, ratio=30)
+    run = distil(split, batch_size=1, mu=30)
     assert all(
         torch.isfinite(v).all() for v in tensors(run.state).values() if v.is_floating_point() and v.ndim > 1
     )
@@ -367,9 +407,9 @@ def test_one_labelled_image_in_a_batch(split):
     'change, error, message',
     [
         (dict(teacher='resnet20'), TypeError, 'teacher is a str'),
-        (dict(share=-1.0), ValueError, 'share'),
-        (dict(share=1.5), ValueError, 'share'),
-        (dict(taught=2.0), ValueError, 'taught'),
+        (dict(teacher_fraction=-1.0), ValueError, 'teacher_fraction'),
+        (dict(teacher_fraction=1.5), ValueError, 'teacher_fraction'),
+        (dict(student_fraction=2.0), ValueError, 'student_fraction'),
         (dict(folds=1), ValueError, 'folds'),
         (dict(folds=3), ValueError, 'give at least 6'),
         (dict(refresh=0), ValueError, 'refresh'),
@@ -386,6 +426,6 @@ def test_settings_that_make_no_sense(split, change, error, message):
 
 def test_labels_that_cannot_be_cut_twice(split):
     with pytest.raises(ValueError, match='3 images of one class; give at least 4'):
-        CrossFit(split[0].take((torch.arange(40) != (split[0].y == 0).nonzero()[0, 0]).nonzero()[:, 0]))
+        CrossFit(split[0].select((torch.arange(40) != (split[0].y == 0).nonzero()[0, 0]).nonzero()[:, 0]))
     with pytest.raises(TypeError, match='labelled is a UnlabelledImages'):
         CrossFit(split[1])

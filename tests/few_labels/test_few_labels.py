@@ -1,4 +1,4 @@
-"Few labels: splits, the stream of batches, the loop and its checkpoints, rules by hand, arguments that make no sense."
+"Few labels: splits, the stream of batches, the loop and its checkpoints, algorithms by hand, arguments that make no sense."
 
 import copy, math
 from dataclasses import replace
@@ -11,15 +11,14 @@ from kd_aif.distillation.evaluation import evaluate
 from kd_aif.few_labels.algorithms import (
     FixMatch,
     PseudoLabel,
-    Rule,
+    Algorithm,
     SSLStep,
     Supervised,
     TSA,
     UDA,
     sharpened_divergence,
 )
-from kd_aif.few_labels.batches import HiddenLabels, SSLBatches, VIEWS, endless_order, labelled_split
-from kd_aif.few_labels.catalogue import SSL_RULES
+from kd_aif.few_labels.batches import GroundTruth, SSLBatches, VIEWS, endless_order, labelled_split
 from kd_aif.few_labels.consistency import (
     ICT,
     MeanTeacher,
@@ -27,11 +26,18 @@ from kd_aif.few_labels.consistency import (
     TemporalEnsembling,
     VAT,
     adversarial_direction,
-    untouched_statistics,
+    frozen_batchnorm_statistics,
 )
 from kd_aif.few_labels.learned_labels import ImputedLabels, LGA, gradient_distance
-from kd_aif.few_labels.meta_pseudo_labels import MetaPseudoLabels, feedback_scores, labelled_losses
-from kd_aif.few_labels.trainer import PseudoLabelMeter, ssl_sgd, train_ssl
+from kd_aif.few_labels.meta_pseudo_labels import (
+    ALGORITHMS,
+    MetaPseudoLabels,
+    feedback_scores,
+    labelled_losses,
+)
+from kd_aif.few_labels.pseudo_labels import PseudoLabelMeter
+from kd_aif.few_labels.settings import SSLTraining, moving_average, ssl_trainer
+from kd_aif.few_labels.trainer import train_ssl
 from kd_aif.data.images import hold_out, subset
 from kd_aif.data.label_noise import long_tail
 from kd_aif.data.loaders import ImageBatches
@@ -42,7 +48,7 @@ from kd_aif.models.features import default_forward
 
 quick = hypothesis_settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 10**6)
-SHORT = dict(steps=6, batch_size=10, ratio=2, lr=0.05, every=2, progress=False)
+SHORT = dict(steps=6, batch_size=10, mu=2, lr=0.05, every=2, progress=False)
 
 
 @pytest.fixture(scope='module')
@@ -59,14 +65,44 @@ def network(seed=0, name='cnn8'):
     return build_model(name, 10, 1, seed=seed)
 
 
-def train(rule, split, student=None, **more):
-    return train_ssl(student or network(), rule, *split[:2], **(SHORT | more))
+def train(algorithm, split, student=None, **more):
+    "A short run; `more` has options of `train_ssl` and fields of `SSLTraining`"
+    options = {k: more.pop(k) for k in ('val', 'test', 'weights', 'measure') if k in more}
+    training = SSLTraining(**(SHORT | more))
+    return train_ssl(student or network(), algorithm, *split[:2], training=training, **options)
+
+
+def make_trainer(model, ema=None):
+    return ssl_trainer(model, SSLTraining(steps=6, lr=0.05), ema)
 
 
 def same(a, b):
     return all(
         torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     )
+
+
+# The trainer
+
+
+@quick
+@given(seeds, st.floats(0, 1), st.integers(1, 6))
+def test_a_moving_average_follows_its_equation(seed, decay, times):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    average = moving_average(model, decay)
+    wanted = copy.deepcopy(average.module.state_dict())
+    for k in range(times):
+        for p in model.parameters():
+            nn.init.normal_(p)
+        model(torch.randn(4, 3))
+        average.update_parameters(model)
+        d = min(decay, 1 - 1 / (k + 1))
+        for name, v in model.state_dict().items():
+            wanted[name] = d * wanted[name] + (1 - d) * v if v.is_floating_point() else v.clone()
+    for name, v in average.module.state_dict().items():
+        assert torch.allclose(v, wanted[name], atol=1e-5)
+    assert not average.training and not any(p.requires_grad for p in average.parameters())
 
 
 # Splits and batches
@@ -152,7 +188,7 @@ def test_batches_are_normalised_like_others(split):
     'change, error, message',
     [
         (dict(batch_size=0), ValueError, 'batch_size is 0'),
-        (dict(ratio=0), ValueError, 'ratio is 0'),
+        (dict(mu=0), ValueError, 'mu is 0'),
         (dict(batch_size=2.5), ValueError, 'batch_size is 2.5'),
         (dict(weak='auto', strong='auto', labelled='other'), ValueError, "'other' is not a data set"),
         (
@@ -166,7 +202,7 @@ def test_batches_are_normalised_like_others(split):
 def test_batches_of_what_makes_none(split, digits, change, error, message):
     labelled, unlabelled, _ = split
     given = dict(labelled=labelled, unlabelled=unlabelled) | change
-    given['labelled'] = {'other': replace(labelled, name='other'), 'empty': labelled.take([])}.get(
+    given['labelled'] = {'other': replace(labelled, name='other'), 'empty': labelled.select([])}.get(
         change.get('labelled'), labelled
     )
     if change.get('unlabelled') == 'data':
@@ -182,7 +218,7 @@ def test_a_run_is_a_pure_function_of_its_seed(split):
     a, b, c = (train(FixMatch(0.3), split, seed=s) for s in (0, 0, 1))
     assert (
         same(a.student, b.student)
-        and same(a.average, b.average)
+        and same(a.ema_model, b.ema_model)
         and a.history == b.history
         and not same(a.student, c.student)
     )
@@ -192,17 +228,17 @@ def test_the_global_generator_is_left_alone_and_the_student_trained_in_place(spl
     student, state = network(), torch.get_rng_state()
     run = train(FixMatch(0.3), split, student)
     assert torch.equal(torch.get_rng_state(), state) and run.student is student and not student.training
-    assert run.average is not student and all(p.requires_grad for p in run.average.parameters())
+    assert run.ema_model is not student and all(p.requires_grad for p in run.ema_model.parameters())
 
 
-def test_the_average_follows_its_equation(split):
+def test_the_ema_model_follows_its_equation(split):
     seen = []
 
-    def look(step, terms):
-        seen.append((copy.deepcopy(step.student.state_dict()), copy.deepcopy(step.average.state_dict())))
+    def look(step, output):
+        seen.append((copy.deepcopy(step.student.state_dict()), copy.deepcopy(step.ema_model.state_dict())))
 
     run = train(FixMatch(0.3), split, ema=0.6, weights=look)
-    seen.append((run.student.state_dict(), run.average.state_dict()))
+    seen.append((run.student.state_dict(), run.ema_model.state_dict()))
     for k in range(6):
         d = min(0.6, 1 - 1 / (k + 1))
         for name, before in seen[k][1].items():
@@ -215,7 +251,7 @@ def test_the_average_follows_its_equation(split):
 
 def test_the_learning_rate_follows_the_cosine(split):
     rates = []
-    train(FixMatch(), split, weights=lambda step, terms: rates.append(step.lr))
+    train(FixMatch(), split, weights=lambda step, output: rates.append(step.lr))
     assert rates == pytest.approx([0.05 * math.cos(7 * math.pi * k / (16 * 6)) for k in range(6)])
 
 
@@ -230,7 +266,7 @@ def test_one_step_by_hand(split):
         steps=1,
         every=1,
         make_optimizer=plain_sgd,
-        weights=lambda step, terms: torch.arange(20.0),
+        weights=lambda step, output: torch.arange(20.0),
     )
     batch, others = SSLBatches(*split[:2], 10, 2).at(0, VIEWS)
     z, weak, strong = (before(x) for x in (batch['x'], others['x'], others['strong']))
@@ -270,22 +306,59 @@ def test_evaluations(split, digits):
         run.metrics['val_accuracy'] == run.history[-1]['val_accuracy']
         and 0 <= run.metrics['test_accuracy'] <= 1
     )
-    assert run.metrics['val_accuracy'] == evaluate(run.average, ImageBatches(val, 60))['accuracy']
+    assert run.metrics['val_accuracy'] == evaluate(run.ema_model, ImageBatches(val, 60))['accuracy']
     assert '**fixmatch**, 20 labelled and 300 unlabelled images, 7 steps' in repr(run) and set(
         run.seconds
     ) == {'training', 'evaluation'}
 
 
-def test_fine_tuning_changes_the_average_alone(split):
+def test_fine_tuning_changes_the_ema_model_alone(split):
     a, b = train(FixMatch(0.3), split), train(FixMatch(0.3), split, finetune=3, finetune_lr=0.01)
-    assert same(a.student, b.student) and not same(a.average, b.average) and 'fine-tuning' in b.seconds
-    assert b.config['finetune'] == 3 and not b.average.training
+    assert same(a.student, b.student) and not same(a.ema_model, b.ema_model) and 'fine-tuning' in b.seconds
+    assert b.config['finetune'] == 3 and not b.ema_model.training
 
 
 @pytest.mark.parametrize('name', ('cnn8', 'resnet20'))
 def test_autocast_trains_and_stays_finite(split, name):
     run = train(FixMatch(0.1), split, network(name=name), autocast=torch.bfloat16, steps=2)
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in run.student.parameters())
+
+
+# Modes
+
+
+def test_a_student_that_arrives_in_eval_mode_is_trained_in_train_mode(split):
+    "Also where a single layer does: it is the whole network that is set to train mode in every step"
+    modes = lambda m: m.train(), lambda m: m.eval(), lambda m: m[2].eval()
+    students = [network() for _ in modes]
+    for student, mode in zip(students, modes):
+        mode(student)
+        train(FixMatch(0.3), split, student)
+    assert same(students[0], students[1]) and same(students[0], students[2])
+    assert int(students[2][2].num_batches_tracked) == 6 and students[2][2].running_mean.any()
+
+
+class Frozen(nn.BatchNorm2d):
+    "Stays in eval mode, as its own rule"
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+@pytest.mark.parametrize('name', ('fixmatch', 'mean_teacher', 'vat', 'mpl'))
+def test_a_layer_that_overrides_train_stays_in_eval_mode(split, name):
+    student = network()
+    student[2] = Frozen(student[2].num_features)
+    run = train(make(name, split), split, student)
+    for model in (run.student, run.ema_model, getattr(run.state, 'network', run.student)):
+        assert int(model[2].num_batches_tracked) == 0 and not model[2].running_mean.any()
+    assert any(m.running_mean.any() for m in run.student if type(m) is nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize('mode', (True, False))
+def test_teachers_are_trained_in_train_mode(split, mode):
+    run = train(MetaPseudoLabels(make_teacher=lambda: network(3).train(mode)), split)
+    assert int(run.state.network[2].num_batches_tracked) == 6
 
 
 # Checkpoints
@@ -295,26 +368,26 @@ class Stop(Exception):
     pass
 
 
-def interrupted(rule, split, path, at, **more):
+def interrupted(algorithm, split, path, at, **more):
     "A run that breaks off in step `at`"
 
-    def weights(step, terms):
+    def weights(step, output):
         if step.number == at:
             raise Stop
 
     with pytest.raises(Stop):
-        train(rule, split, checkpoint=path, weights=weights, **more)
+        train(algorithm, split, checkpoint=path, weights=weights, **more)
 
 
 def resumes(make, split, path):
-    "Does a run that is interrupted twice end like one that is not? Without weights for rules that have none"
-    whole = train(make(), split, weights=lambda step, terms: None)
+    "Does a run that is interrupted twice end like one that is not? Without weights for algorithms that have none"
+    whole = train(make(), split, weights=lambda step, output: None)
     for at in (3, 5):
         interrupted(make(), split, path, at)
-    found = train(make(), split, checkpoint=path, weights=lambda step, terms: None)
+    found = train(make(), split, checkpoint=path, weights=lambda step, output: None)
     assert (
         same(whole.student, found.student)
-        and same(whole.average, found.average)
+        and same(whole.ema_model, found.ema_model)
         and whole.history == found.history
     )
     if whole.state is not None:
@@ -333,7 +406,7 @@ def test_a_finished_run_is_only_measured_again(split, tmp_path):
     a = train(FixMatch(0.3), split, checkpoint=tmp_path / 'a.pt')
     b = train(FixMatch(0.3), split, checkpoint=tmp_path / 'a.pt', weights=None)
     assert (
-        same(a.average, b.average)
+        same(a.ema_model, b.ema_model)
         and a.history == b.history
         and sorted(p.name for p in tmp_path.iterdir()) == ['a.pt']
     )
@@ -346,11 +419,11 @@ def test_weights_with_a_memory_are_part_of_the_checkpoint(split, tmp_path):
             self.register_buffer('n', torch.tensor(0))
             self.stop = stop
 
-        def forward(self, step, terms):
+        def forward(self, step, output):
             if step.number == self.stop:
                 raise Stop
             self.n += 1
-            return self.n * torch.ones_like(terms.unsupervised)
+            return self.n * torch.ones_like(output.unsupervised)
 
     a, c = Counting(), Counting()
     whole = train(FixMatch(0.3), split, weights=a)
@@ -368,9 +441,9 @@ def test_weights_with_a_memory_are_part_of_the_checkpoint(split, tmp_path):
         (dict(seed=1), 'seed=0, not 1'),
         (dict(lr=0.1), 'lr=0.05, not 0.1'),
         (dict(steps=8), 'steps=6, not 8'),
-        (dict(rule=FixMatch(0.4)), r'rule=.*threshold=0.3'),
+        (dict(algorithm=FixMatch(0.4)), r'algorithm=.*threshold=0.3'),
         (dict(weak=None), 'weak='),
-        (dict(weights=lambda step, terms: None), 'weighted=False, not True'),
+        (dict(weights=lambda step, output: None), 'weighted=False, not True'),
         (dict(student=network(5)), 'student='),
         (dict(ema=0.5), 'ema=0.999, not 0.5'),
     ],
@@ -378,7 +451,7 @@ def test_weights_with_a_memory_are_part_of_the_checkpoint(split, tmp_path):
 def test_a_checkpoint_of_another_run(split, tmp_path, change, message):
     train(FixMatch(0.3), split, checkpoint=tmp_path / 'a.pt')
     with pytest.raises(ValueError, match=message):
-        train(change.pop('rule', FixMatch(0.3)), split, checkpoint=tmp_path / 'a.pt', **change)
+        train(change.pop('algorithm', FixMatch(0.3)), split, checkpoint=tmp_path / 'a.pt', **change)
 
 
 def test_a_damaged_checkpoint(split, tmp_path):
@@ -393,8 +466,8 @@ def test_a_damaged_checkpoint(split, tmp_path):
 @pytest.mark.parametrize(
     'change, error, message',
     [
-        (dict(rule='fixmatch'), TypeError, "rule is 'fixmatch'; give an object such as FixMatch"),
-        (dict(rule=FixMatch), TypeError, 'give an object'),
+        (dict(algorithm='fixmatch'), TypeError, "algorithm is 'fixmatch'; give an object such as FixMatch"),
+        (dict(algorithm=FixMatch), TypeError, 'give an object'),
         (dict(steps=0), ValueError, 'steps is 0'),
         (dict(steps=1.5), ValueError, 'steps is 1.5'),
         (dict(lr=0.0), ValueError, 'lr is 0.0'),
@@ -405,16 +478,16 @@ def test_a_damaged_checkpoint(split, tmp_path):
         (dict(weights=torch.ones(3)), TypeError, 'weights is a Tensor; give a function'),
         (dict(weights=lambda s, t: torch.ones(3)), ValueError, 'one weight per sample'),
         (
-            dict(rule=Supervised(), weights=lambda s, t: None),
+            dict(algorithm=Supervised(), weights=lambda s, t: None),
             ValueError,
-            "rule 'supervised' has no unlabelled images to weigh",
+            "algorithm 'supervised' has no unlabelled images to weigh",
         ),
         (dict(student=build_model('cnn8', 7, 1)), ValueError, 'student has 7 classes, the data 10'),
     ],
 )
 def test_settings_that_make_no_sense(split, change, error, message):
     with pytest.raises(error, match=message):
-        train(change.pop('rule', FixMatch()), split, **change)
+        train(change.pop('algorithm', FixMatch()), split, **change)
 
 
 def test_a_loss_that_is_not_finite(split):
@@ -424,8 +497,8 @@ def test_a_loss_that_is_not_finite(split):
         train(FixMatch(0.0), split, lr=1e20)
 
 
-def test_a_rule_that_wants_a_view_that_is_not_there(split):
-    class Odd(Rule):
+def test_a_algorithm_that_wants_a_view_that_is_not_there(split):
+    class Odd(Algorithm):
         name, views = 'odd', ('x3',)
 
     with pytest.raises(ValueError, match=r"wants the views \['x3'\]; there are x, x2, strong"):
@@ -441,7 +514,7 @@ def test_a_rule_that_wants_a_view_that_is_not_there(split):
         (lambda: PseudoLabel(weight=math.inf), 'weight is inf'),
     ],
 )
-def test_settings_of_rules(make, message):
+def test_settings_of_algorithms(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -473,40 +546,40 @@ def test_the_meter_counts_what_it_should(split):
 
 def test_the_meter_asks_who_names_labels_itself(split):
     class Sure(nn.Module):
-        def named(self, x, forward):
+        def pseudo_labels(self, x, forward):
             return torch.full((len(x),), 0.3), torch.full((len(x),), 7)
 
     labelled, unlabelled, truth = split
     meter = PseudoLabelMeter(labelled, unlabelled, truth, threshold=0.2, limit=100)
-    confidence, right = meter.judged(Sure())
+    confidence, right = meter.measured(Sure())
     assert (confidence == torch.tensor(0.3)).all() and torch.equal(
         right, truth.of(unlabelled.index[meter.chosen]) == 7
     )
 
 
-# Rules
+# Algorithms
 
-CHECKED = [n for n in SSL_RULES if n != 'supervised_all']
+CHECKED = [n for n in ALGORITHMS if n != 'supervised_all']
 
 
 def make(name, split):
-    return SSL_RULES[name](split[2]) if name == 'supervised_all' else SSL_RULES[name]()
+    return ALGORITHMS[name](split[2]) if name == 'supervised_all' else ALGORITHMS[name]()
 
 
-def step_of(split, rule, student=None, average=None, number=3, k=0, double=False):
+def step_of(split, algorithm, student=None, ema_model=None, number=3, k=0, double=False):
     "A step of the loop without the loop"
     student = student or network(name='mlp16')
     student = student.double() if double else student
-    labelled, others = SSLBatches(*split[:2], 10, 2).at(k, rule.views)
+    labelled, others = SSLBatches(*split[:2], 10, 2).at(k, algorithm.views)
     if double:
         labelled, others = (
             {n: v.double() if v.is_floating_point() else v for n, v in b.items()} if b else b
             for b in (labelled, others)
         )
-    state = rule.start(student, split[1], 10, lambda m: ssl_sgd(m, 0.05))
+    state = algorithm.start(student, split[1], 10, make_trainer)
     return SSLStep(
         student,
-        (average or copy.deepcopy(student)).eval(),
+        (ema_model or copy.deepcopy(student)).eval(),
         labelled,
         others,
         number,
@@ -518,7 +591,7 @@ def step_of(split, rule, student=None, average=None, number=3, k=0, double=False
 
 
 def test_names_of_records():
-    assert list(SSL_RULES) == [
+    assert list(ALGORITHMS) == [
         'supervised',
         'supervised_all',
         'pseudo_label',
@@ -531,50 +604,50 @@ def test_names_of_records():
         'lga',
         'mpl',
     ]
-    assert all(name == maker.name for name, maker in SSL_RULES.items())
+    assert all(name == maker.name for name, maker in ALGORITHMS.items())
 
 
-@pytest.mark.parametrize('name', SSL_RULES)
+@pytest.mark.parametrize('name', ALGORITHMS)
 def test_one_loss_for_each_image(split, name):
-    rule = make(name, split)
-    step = step_of(split, rule, network())
-    terms = rule(step)
-    assert terms.supervised.shape == (10,) and torch.isfinite(terms.total())
+    algorithm = make(name, split)
+    step = step_of(split, algorithm, network())
+    output = algorithm(step)
+    assert output.supervised.shape == (10,) and torch.isfinite(output.total())
     if name == 'supervised':
         return
-    assert terms.unsupervised.shape == (20,) and (terms.unsupervised >= -1e-6).all()
-    for o in (terms.mask, terms.labels):
+    assert output.unsupervised.shape == (20,) and (output.unsupervised >= -1e-6).all()
+    for o in (output.mask, output.labels):
         assert o is None or o.shape == (20,)
-    twice = terms.total(torch.full((20,), 2.0)) - terms.total(torch.ones(20))
-    assert torch.allclose(twice, terms.weight * terms.unsupervised.mean(), atol=1e-6)
+    twice = output.total(torch.full((20,), 2.0)) - output.total(torch.ones(20))
+    assert torch.allclose(twice, output.weight * output.unsupervised.mean(), atol=1e-6)
 
 
-@pytest.mark.parametrize('name', [n for n in SSL_RULES if n != 'supervised'])
-def test_a_run_with_any_rule_goes_on_bit_by_bit(split, name, tmp_path):
+@pytest.mark.parametrize('name', [n for n in ALGORITHMS if n != 'supervised'])
+def test_a_run_with_any_algorithm_resumes_bit_by_bit(split, name, tmp_path):
     resumes(lambda: make(name, split), split, tmp_path / 'run.pt')
 
 
 def test_only_the_ceiling_has_hidden_labels(split):
     with pytest.raises(TypeError, match='truth'):
-        SSL_RULES['supervised_all']()
+        ALGORITHMS['supervised_all']()
     assert [
-        n for n in SSL_RULES if any(isinstance(v, HiddenLabels) for v in vars(make(n, split)).values())
+        n for n in ALGORITHMS if any(isinstance(v, GroundTruth) for v in vars(make(n, split)).values())
     ] == ['supervised_all']
     step = step_of(split, make('supervised_all', split))
     assert torch.equal(make('supervised_all', split)(step).labels, split[2].of(step.unlabelled['index']))
 
 
-@pytest.mark.parametrize('name', [n for n in SSL_RULES if n != 'supervised'])
+@pytest.mark.parametrize('name', [n for n in ALGORITHMS if n != 'supervised'])
 def test_with_weight_zero_an_image_is_not_learned(split, name):
-    rule = make(name, split)
-    step = step_of(split, rule)
-    rule(step)
-    terms = rule(step)  # a second time: memories have a target
-    terms.total(torch.zeros(20)).backward(retain_graph=True)
+    algorithm = make(name, split)
+    step = step_of(split, algorithm)
+    algorithm(step)
+    output = algorithm(step)  # a second time: memories have a target
+    output.total(torch.zeros(20)).backward(retain_graph=True)
     zero = [None if p.grad is None else p.grad.clone() for p in step.student.parameters()]
     step.student.zero_grad()
-    if terms.supervised.requires_grad:
-        terms.supervised.mean().backward()
+    if output.supervised.requires_grad:
+        output.supervised.mean().backward()
     for p, g in zip(step.student.parameters(), zero):
         assert torch.allclose(
             torch.zeros_like(p) if g is None else g,
@@ -607,7 +680,7 @@ def test_bf16_and_other_networks(split, name):
         (lambda: MetaPseudoLabels(smoothing=2.0), 'smoothing is 2.0'),
     ],
 )
-def test_settings_of_the_other_rules(make, message):
+def test_settings_of_the_other_algorithms(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -625,33 +698,33 @@ def test_the_memory_is_a_weighted_mean(seed, alpha, times):
     )
 
 
-def test_the_teacher_is_the_average(split):
-    rule = MeanTeacher()
+def test_the_teacher_is_the_ema_model(split):
+    algorithm = MeanTeacher()
     student, teacher = network(name='mlp16'), network(5, 'mlp16')
-    step = step_of(split, rule, student, teacher)
+    step = step_of(split, algorithm, student, teacher)
     wanted = (
         (student(step.unlabelled['x2']).softmax(1) - teacher(step.unlabelled['x']).softmax(1))
         .square()
         .mean(1)
     )
-    assert torch.allclose(rule(step).unsupervised, wanted, atol=1e-6)
+    assert torch.allclose(algorithm(step).unsupervised, wanted, atol=1e-6)
     seen = []
-    run = train(rule, split, measure=lambda model, forward: seen.append(model) or {})
-    assert all(model is run.average for model in seen)
+    run = train(algorithm, split, measure=lambda model, forward: seen.append(model) or {})
+    assert all(model is run.ema_model for model in seen)
 
 
-def test_passes_of_the_average_leave_its_statistics_alone(split):
-    for rule in (MeanTeacher(), ICT()):
-        step = step_of(split, rule, network())
-        before = copy.deepcopy(step.average)
-        rule(step)
-        assert same(before, step.average) and not step.average.training
+def test_passes_of_the_ema_model_leave_its_statistics_alone(split):
+    for algorithm in (MeanTeacher(), ICT()):
+        step = step_of(split, algorithm, network())
+        before = copy.deepcopy(step.ema_model)
+        algorithm(step)
+        assert same(before, step.ema_model) and not step.ema_model.training
 
 
 def test_statistics_stay_when_an_error_occurs():
     model = network().eval()
     with pytest.raises(Stop):
-        with untouched_statistics(model):
+        with frozen_batchnorm_statistics(model):
             raise Stop
     assert not model.training and all(
         m.momentum == 0.1 for m in model.modules() if isinstance(m, nn.BatchNorm2d)
@@ -659,9 +732,9 @@ def test_statistics_stay_when_an_error_occurs():
 
 
 def test_vat_moves_the_statistics_once(split):
-    rule, student = VAT(), network().train()
-    step = step_of(split, rule, student)
-    rule(step)
+    algorithm, student = VAT(), network().train()
+    step = step_of(split, algorithm, student)
+    algorithm(step)
     assert int(student[2].num_batches_tracked) == 1
 
 
@@ -723,16 +796,16 @@ def test_learned_labels_begin_with_the_network_and_are_remembered():
 @pytest.mark.parametrize('labels', ('argmax', 'sample'))
 def test_the_feedback_is_the_inner_product(split, labels):
     "Change of the labelled loss ≈ η·∇L(θ')·g; positive where the pseudo-labels are the labels themselves"
-    rule, lr = (
+    algorithm, lr = (
         MetaPseudoLabels(labels, smoothing=0.0, make_teacher=lambda: network(4, 'mlp16').double()),
         1e-4,
     )
-    step = step_of(split, rule, double=True)
+    step = step_of(split, algorithm, double=True)
     torch.manual_seed(0)
-    terms = rule(step)
+    output = algorithm(step)
     student, batch = step.student, step.labelled
-    g = torch.autograd.grad(terms.total(), list(student.parameters()))
-    before = terms.supervised.mean()
+    g = torch.autograd.grad(output.total(), list(student.parameters()))
+    before = output.supervised.mean()
     with torch.no_grad():
         for p, d in zip(student.parameters(), g):
             p.sub_(lr * d)
@@ -770,12 +843,12 @@ def test_the_mean_score_is_the_feedback_to_first_order(split):
 
 
 def test_the_students_labels_are_only_measured(split):
-    rule = MetaPseudoLabels()
-    step = step_of(split, rule, network())
-    terms = rule(step)
-    assert not terms.supervised.requires_grad and terms.mask is None
+    algorithm = MetaPseudoLabels()
+    step = step_of(split, algorithm, network())
+    output = algorithm(step)
+    assert not output.supervised.requires_grad and output.mask is None
     before = copy.deepcopy(step.state.network.state_dict()), copy.deepcopy(step.student.state_dict())
-    rule.after(step, terms)
+    algorithm.after(step, output)
     assert any(not torch.equal(v, before[0][k]) for k, v in step.state.network.state_dict().items())
     assert all(
         torch.equal(v, before[1][k]) for k, v in step.student.state_dict().items()
@@ -784,26 +857,27 @@ def test_the_students_labels_are_only_measured(split):
 
 def test_without_feedback_the_teacher_is_alone(split):
     "Its loss is then cross-entropy and UDA, whatever the student does"
-    rule = MetaPseudoLabels(feedback=0.0)
-    a, b = (train(rule, split, network(s), seed=0) for s in (0, 0))
+    algorithm = MetaPseudoLabels(feedback=0.0)
+    a, b = (train(algorithm, split, network(s), seed=0) for s in (0, 0))
     assert same(a.state.network, b.state.network)
-    step = step_of(split, rule)
-    terms = rule(step)
+    step = step_of(split, algorithm)
+    output = algorithm(step)
     assert torch.equal(
-        rule.teacher_loss(step, terms, torch.tensor(5.0)), rule.teacher_loss(step, terms, torch.tensor(0.0))
+        algorithm.teacher_loss(step, output, torch.tensor(5.0)),
+        algorithm.teacher_loss(step, output, torch.tensor(0.0)),
     )
 
 
 def test_the_usual_feedback_is_a_moving_mean(split):
-    rule = MetaPseudoLabels()
-    step = step_of(split, rule)
-    terms = rule(step)
+    algorithm = MetaPseudoLabels()
+    step = step_of(split, algorithm)
+    output = algorithm(step)
     with torch.no_grad():
         for p in step.student.parameters():
             p.mul_(0.5)
-    h = float(terms.supervised.mean() - labelled_losses(step).mean())
-    rule.after(step, terms)
-    assert float(step.state.usual) == pytest.approx(0.01 * h, rel=1e-4) and h != 0
+    h = float(output.supervised.mean() - labelled_losses(step).mean())
+    algorithm.after(step, output)
+    assert float(step.state.feedback_baseline) == pytest.approx(0.01 * h, rel=1e-4) and h != 0
 
 
 def test_a_teacher_of_another_kind(split):
