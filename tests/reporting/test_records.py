@@ -3,27 +3,20 @@
 import dataclasses, json, math, os, subprocess, sys
 import numpy as np, pytest, torch
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from hypothesis import assume, given, settings, strategies as st
 from scipy import stats
-from kd_aif.reporting.methods import METHODS, method_order
-from kd_aif.reporting.records import (
-    Setting,
-    find_record,
-    group_records,
-    load_records,
-    make_record,
-    read_record,
-    save_record,
-    setting_of,
-)
-from kd_aif.reporting.tables import (
-    metric_by_seed,
-    metrics_table,
-    paired_difference,
-    seconds_table,
-    summary_table,
-    variants,
-)
+import kd_aif.experiments.methods  # noqa: F401  registers the methods
+from kd_aif.reporting.forms import method_forms, metric_by_seed, variants
+from kd_aif.reporting.labels import p_value_text
+from kd_aif.reporting.methods import FAMILIES, METHODS, Method, method, method_label, method_order, register
+from kd_aif.reporting.paired import paired_difference
+from kd_aif.reporting.record_files import file_lock, find_record, load_records, read_records, save_record
+from kd_aif.reporting.records import Setting, group_records, make_record, setting_of
+from kd_aif.reporting.summary import summary_table
+from kd_aif.reporting.tables import metrics_table, seconds_table
+
+RESULTS = Path(__file__).parents[2] / 'reports' / 'results'
 
 
 def record(method='kd', seed=0, accuracy=0.5, config=None, noise=None, **fields):
@@ -120,7 +113,8 @@ def test_a_record_reads_back_as_it_was(tmp_path_factory, config, seed):
     folder = tmp_path_factory.mktemp('results')
     r = record(config=config, seed=seed)
     path = save_record(r, folder)
-    assert read_record(path) == r and read_record(path).key == r.key and find_record(folder, r) == r
+    (read,) = read_records(path)
+    assert read == r and read.key == r.key and find_record(folder, r) == r
 
 
 def test_tensors_arrays_tuples_and_what_json_lacks():
@@ -230,7 +224,7 @@ def test_a_damaged_file_is_named_with_a_remedy(tmp_path, damage):
     path = save_record(record(), tmp_path)
     path.write_text(damage(path.read_text()))
     for read in (lambda: load_records(tmp_path), lambda: find_record(tmp_path, record())):
-        with pytest.raises(ValueError, match='delete this file') as e:
+        with pytest.raises(ValueError, match='delete this line') as e:
             read()
         assert str(path) in str(e.value)
 
@@ -238,17 +232,17 @@ def test_a_damaged_file_is_named_with_a_remedy(tmp_path, damage):
 def test_binary_rubbish_is_named(tmp_path):
     path = save_record(record(), tmp_path)
     path.write_bytes(b'\xff\xfe\x00')
-    with pytest.raises(ValueError, match='delete this file'):
+    with pytest.raises(ValueError, match='delete this line'):
         load_records(tmp_path)
 
 
 def test_a_file_in_the_wrong_folder_is_refused(tmp_path):
     path = save_record(record(), tmp_path)
-    other = tmp_path / 'test' / 'lite'
-    other.mkdir()
-    path.rename(other / path.name)
-    with pytest.raises(ValueError, match='does not fit its name'):
-        load_records(tmp_path)
+    for other in (tmp_path / 'test' / 'lite.jsonl', tmp_path / 'another' / 'smoke.jsonl'):
+        other.parent.mkdir(exist_ok=True)
+        path = path.rename(other)
+        with pytest.raises(ValueError, match='does not fit its file'):
+            load_records(tmp_path)
 
 
 def test_failed_write_leaves_the_old_record(tmp_path, monkeypatch):
@@ -270,6 +264,168 @@ def test_many_writers_of_one_record(tmp_path):
     assert len(load_records(tmp_path)) == 1
 
 
+def test_writers_of_many_records_lose_none(tmp_path):
+    code = (
+        'import sys; sys.path.insert(0, sys.argv[1]); import test_records as t\n'
+        'for s in range(12): t.save_record(t.record("kd", s, seconds=dict(x=int(sys.argv[3]))), sys.argv[2])\n'
+        'for s in range(12): t.save_record(t.record("m" + sys.argv[3], s), sys.argv[2])'
+    )
+    writers = [
+        subprocess.Popen([sys.executable, '-c', code, str(Path(__file__).parent), str(tmp_path), str(i)])
+        for i in range(3)
+    ]
+    assert [w.wait() for w in writers] == [0, 0, 0]
+    found = load_records(tmp_path)
+    assert sorted((r.method, r.seed) for r in found) == sorted(
+        (m, s) for m in ('kd', 'm0', 'm1', 'm2') for s in range(12)
+    )
+    assert [p.name for p in (tmp_path / 'test').iterdir()] == ['smoke.jsonl']
+
+
+def test_a_reader_sees_whole_files_only(tmp_path):
+    save_record(record(), tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        writing = [pool.submit(save_record, record('kd', s), tmp_path) for s in range(1, 30)]
+        sizes = [len(load_records(tmp_path)) for _ in range(30)]
+        assert all(w.result() for w in writing)
+    assert sizes == sorted(sizes) and len(load_records(tmp_path)) == 30
+
+
+def test_a_line_is_a_run_and_a_run_that_is_made_again_keeps_its_line(tmp_path):
+    path = [save_record(record('kd', s), tmp_path) for s in range(3)][0]
+    assert path == record().path(tmp_path) == tmp_path / 'test' / 'smoke.jsonl'
+    save_record(record('kd', 1, 0.9), tmp_path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [x['seed'] for x in lines] == [0, 1, 2] and lines[1]['metrics'] == dict(test_accuracy=0.9)
+    assert [x['key'] for x in lines] == [record('kd', s).key for s in range(3)]
+
+
+@pytest.mark.parametrize('bad', ['{"half": ', '', '[]', '\x00'])
+def test_bad_lines_among_good_ones_are_named(tmp_path, bad):
+    for s in range(4):
+        path = save_record(record('kd', s), tmp_path)
+    lines = path.read_text().splitlines()
+    path.write_text('\n'.join([lines[0], bad, lines[2], lines[3].replace('"seed": 3', '"seed": 4')]) + '\n')
+    for read in (lambda: load_records(tmp_path), lambda: find_record(tmp_path, record())):
+        with pytest.raises(ValueError, match='line 2, is not a readable record .* lines 4: delete') as e:
+            read()
+        assert str(path) in str(e.value)
+
+
+def test_a_run_that_has_ended_is_written_although_another_line_is_broken(tmp_path):
+    path = save_record(record(), tmp_path)
+    path.write_text('{"broken\n' + path.read_text())
+    save_record(record('kd', 1), tmp_path)
+    lines = path.read_text().splitlines()
+    assert len(lines) == 3 and lines[0] == '{"broken' and json.loads(lines[2])['seed'] == 1
+
+
+def test_a_run_that_stands_twice_is_refused(tmp_path):
+    path = save_record(record(), tmp_path)
+    path.write_text(2 * path.read_text())
+    with pytest.raises(ValueError, match='line 2, repeats the run'):
+        load_records(tmp_path)
+
+
+def test_locks(tmp_path):
+    path = save_record(record(), tmp_path)
+    with file_lock(path), pytest.raises(TimeoutError, match='if there is none, delete') as e:
+        with file_lock(path, timeout=0.02):
+            pass
+    assert str(path.with_name('.smoke.jsonl.lock')) in str(e.value)
+    for left_behind in ('.smoke.jsonl.lock', '.smoke.jsonl.lock-guard'):  # by processes that died
+        path.with_name(left_behind).touch()
+        os.utime(path.with_name(left_behind), (0, 0))
+    save_record(record('kd', 1), tmp_path)
+    assert len(load_records(tmp_path)) == 2 and list(path.parent.iterdir()) == [path]
+
+
+def test_a_lock_is_released_after_an_error(tmp_path):
+    path = save_record(record(), tmp_path)
+    with pytest.raises(RuntimeError):
+        with file_lock(path):
+            raise RuntimeError
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_committed_records():
+    found = load_records(RESULTS)
+    assert len(found) >= 817 and len({r.key for r in found}) == len(found)
+    old = {'need', 'need_ratio', 'borrow'}
+    assert not [r for r in found if old & {*r.config, *r.metrics, *r.seconds}]
+    assert not [r for r in found if isinstance(r.config.get('score'), str)]
+    assert {r.method for r in found if r.method not in METHODS} <= {'loop', 'quality', 'ssl_cost'} | {
+        r.method for r in found if r.experiment == '25_speed_and_fidelity'
+    }
+
+
+# ---- methods and labels
+
+
+def test_methods_are_registered_and_replaced_in_place():
+    before, new = dict(METHODS), Method('zz_new', 'New', 'weights', settings=('T',))
+    try:
+        register(new, dataclasses.replace(method('kd'), run=len))
+        assert method('kd').run is len and list(METHODS) == [*before, 'zz_new']
+        assert method_label('zz_new') == 'New' and method_order(['oracle', 'zz_new', 'ce', 'a']) == [
+            'ce',
+            'zz_new',
+            'oracle',
+            'a',
+        ]
+        assert method('zz_new').uses() == {'T'}
+    finally:
+        METHODS.clear()
+        METHODS.update(before)
+    with pytest.raises(ValueError, match="method is 'zz_new'; use one of ce, kd, kd_val"):
+        method('zz_new')
+
+
+@pytest.mark.parametrize('fields', [dict(name='a/b'), dict(name=''), dict(family='magic')])
+def test_unfit_methods_are_named(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        Method(**{**dict(name='a', label='A', family='loss'), **fields})
+
+
+def test_the_configuration_of_committed_records_has_the_settings_of_the_method():
+    varying = 'T', 'alpha', 'beta', 'score', 'pooled_reference', 'extra_weight'
+    records = [
+        r
+        for e in ('20_cifar100', '24_full', '24_memorising', '24_noise_and_shift')
+        for r in load_records(RESULTS, e)
+    ]
+    assert len(records) > 400
+    for r in records:
+        expected = {k for k in method(r.method).uses() if k != 'extra_weight' or 'extra_weight' in r.config}
+        assert {k for k in varying if k in r.config} == expected, r.method
+        assert (r.teacher != '') == method(r.method).needs_teacher, r.method
+    few = [r for e in ('21_1000_labels', '22_svhn_1k') for r in load_records(RESULTS, e)]
+    assert few and all(('mu' in r.config) == ('mu' in method(r.method).uses()) for r in few)
+
+
+@given(st.floats(0, 1), st.lists(st.floats(0, 1), max_size=3))
+def test_no_p_value_is_zero(p, others):
+    text = p_value_text(p, *others)
+    assert '0.000' not in text and (text == 'p < 0.001' or text.startswith('p = '))
+
+
+def test_no_label_looks_like_code():
+    for group in group_records(load_records(RESULTS)).values():
+        if group[0].experiment in ('20_loop_efficiency', '24b_quality', '25_speed_and_fidelity', 'ssl_cost'):
+            continue  # their rows are no methods
+        labels = [label for label, _, _ in method_forms(group)]
+        assert len(labels) == len(set(labels)) and not [x for x in labels if '=' in x or '_' in x]
+        assert '=' not in setting_of(group[0]).title
+
+
+def test_forms_with_the_same_words_are_kept_apart():
+    rs = [record('kd', 0, config=dict(lr=lr)) for lr in (0.1, 0.1 + 1e-9)]
+    assert list(variants(rs)) == ['learning rate 0.1', 'learning rate 0.1, form 2']
+
+
+# ---- files, once more
+
+
 def test_load_filters_and_order(tmp_path):
     for m in ('zeta', 'kd_val', 'ce'):
         for s in (10, 2):
@@ -288,7 +444,8 @@ def test_load_filters_and_order(tmp_path):
         and load_records(tmp_path, experiment='x') == []
         and load_records(tmp_path / 'absent') == []
     )
-    assert json.loads((save_record(record(), tmp_path)).read_text())['method'] == 'kd'
+    last = save_record(record(), tmp_path).read_text().splitlines()[-1]
+    assert json.loads(last)['method'] == 'kd'
 
 
 # ---- tables
@@ -298,8 +455,9 @@ def test_load_filters_and_order(tmp_path):
 def test_method_order(methods):
     out = method_order(methods)
     known = [m for m in out if m in METHODS]
+    by_family = [m.name for f in FAMILIES for m in METHODS.values() if m.family == f]
     assert set(out) == set(methods) and len(out) == len(set(out))
-    assert known == [m for m in METHODS if m in methods] and out[: len(known)] == known
+    assert known == [m for m in by_family if m in methods] and out[: len(known)] == known
 
 
 def test_table_numbers():
@@ -360,8 +518,8 @@ def test_forms_of_one_method_are_never_pooled():
         record('kd', s, 0.5, config=dict(epochs=e, solver=dict(name='cg'))) for s in range(2) for e in (1, 5)
     ] + [record('ce', s, 0.4, config=dict(epochs=5)) for s in range(2)]
     t = summary_table(rs)
-    assert list(t.text.method) == ['Cross-entropy', 'KD (epochs=1)', 'KD (epochs=5)']
-    assert list(variants(rs[:4])) == ['epochs=1', 'epochs=5'] and t.text.iloc[0, 3].startswith(
+    assert list(t.text.method) == ['Cross-entropy', 'KD (1 epoch)', 'KD (5 epochs)']
+    assert list(variants(rs[:4])) == ['1 epoch', '5 epochs'] and t.text.iloc[0, 3].startswith(
         '-10.00'
     )  # compared with five epochs of KD
     with pytest.raises(ValueError, match='two runs of'):

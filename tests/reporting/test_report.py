@@ -12,18 +12,15 @@ from nbclient import NotebookClient
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from kd_aif.reporting.html import html_report, report_sections
-from kd_aif.reporting.plots import (
-    accuracy_bars,
-    accuracy_figure,
-    detector_roc,
-    difference_bars,
-    image_grid,
-    weight_diagnostics,
-    weight_histogram,
-    weights_figure,
-)
-from kd_aif.reporting.records import Setting, load_records, make_record, save_record
+import kd_aif.experiments.methods  # noqa: F401  registers the methods
+from kd_aif.reporting.accuracy_plots import accuracy_bars, accuracy_figure, difference_bars
+from kd_aif.reporting.html import html_report
+from kd_aif.reporting.image_plots import image_grid
+from kd_aif.reporting.record_files import save_record
+from kd_aif.reporting.records import Setting, make_record
+from kd_aif.reporting.report import report_sections
+from kd_aif.reporting.weight_plots import detector_roc, weight_diagnostics, weight_histogram, weights_figure
+
 
 NOTEBOOK = Path(__file__).parents[2] / 'nbs' / '90_report.ipynb'
 X, Y = load_digits(return_X_y=True)
@@ -93,8 +90,8 @@ def test_notebook_without_any_record(tmp_path):
     assert figures == 0 and 'No record was found' in text
     assert 'KD on train + validation | not run | 0 | not run | not run' in text
     assert (
-        'cifar10_noise · cifar10, symmetric label noise 0.4 · tier lite' in text
-        and 'quickstart · digits, symmetric label noise 0.3 · tier smoke' in text
+        'cifar10_noise · cifar10, symmetric label noise, 40 % · tier lite' in text
+        and 'quickstart · digits, symmetric label noise, 30 % · tier smoke' in text
     )
 
 
@@ -112,7 +109,10 @@ def test_notebook_with_real_records(tmp_path, records):
         assert (
             f'| KD | {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} | 2 | (control) | not run |' in text
         )
-    assert '| cifar10_noise · cifar10, labels as given · tier lite | 4 | kd_val, kd_aif_both |' in text
+    assert (
+        '| cifar10_noise · cifar10, labels as given · tier lite | 4 | KD on train + validation; KD-AIF, teacher and student |'
+        in text
+    )
 
 
 def test_notebook_stops_at_a_broken_record(tmp_path, records):
@@ -201,6 +201,28 @@ def test_html_report_takes_what_a_user_has(tmp_path):
     plt.close('all')
 
 
+def test_html_report_escapes_what_comes_from_outside(tmp_path):
+    bad = '<script>x</script>'
+    figure = plt.figure(label=f'"{bad}')
+    plt.close(figure)
+    shown = pd.DataFrame({bad: [bad]})
+    text = html_report(
+        tmp_path / 'r.html', bad, [(bad, [shown, figure, f'some {bad} ![x](http://x/y.png)'])]
+    ).read_text()
+    page = Page(text)
+    assert (
+        '<script' not in text and text.count('&lt;script&gt;') == 7
+    )  # title, headings, table, text of the image, paragraph
+    assert page.headings == [bad] and page.alts == [f'"{bad}'] and page.open == []
+
+
+def test_long_pages_list_their_sections(tmp_path):
+    sections = [(f'S{i} & more', 'text') for i in range(4)]
+    text = html_report(tmp_path / 'r.html', 'T', sections).read_text()
+    assert '<li><a href="#s3">S3 &amp; more</a></li>' in text
+    assert '<nav>' not in html_report(tmp_path / 'r.html', 'T', sections[:3]).read_text()
+
+
 def test_html_report_failure_leaves_the_old_file(tmp_path):
     path = html_report(tmp_path / 'r.html', 'T', [('S', 'old')])
     before = path.read_text()
@@ -241,7 +263,7 @@ def test_diagnostics(samples):
         ([], None, 'weights has shape'),
         ([[1.0]], None, 'weights has shape'),
         ([1.0, float('inf')], None, 'not finite'),
-        ([1.0, 1.0], [True], 'wrong has 1 values and weights 2'),
+        ([1.0, 1.0], [True], 'is_noisy has 1 values and weights 2'),
     ],
 )
 def test_unfit_weights_are_named(weights, wrong, message):
