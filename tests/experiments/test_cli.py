@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest, torch
 from kd_aif.experiments import cli
 from kd_aif.experiments.cli import QUICKSTART
-from kd_aif.reporting.records import load_records
+from kd_aif.experiments.options import command_parser, field_comments, read_options
+from kd_aif.experiments.ssl_tasks import SSLTask
+from kd_aif.experiments.tasks import Task
+from kd_aif.reporting.record_files import load_records
 
 
 def script(name):
@@ -54,6 +57,11 @@ def files(folder):
     return sorted(str(f.relative_to(folder)) for f in Path(folder).rglob('*') if f.is_file())
 
 
+def lines(folder):
+    "How many records the files of a folder hold"
+    return sum(len(f.read_text().splitlines()) for f in Path(folder).rglob('*.jsonl'))
+
+
 short = '--dataset', 'digits', '--epochs', 1, '--seeds', 1, '--out', 'results'
 
 
@@ -63,7 +71,11 @@ def test_script_writes_a_record_and_the_next_call_finds_it(tmp_path, console):
     done = subprocess.run([script('kd_aif_run'), *map(str, args)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = Path('results')
-    assert len(files(results)) == 2 and 'Traceback' not in done.stderr
+    assert (
+        files(results) == ['digits_noise/smoke.jsonl']
+        and lines(results) == 2
+        and 'Traceback' not in done.stderr
+    )
     records = load_records(results)
     assert (
         [r.method for r in records] == ['kd_val', 'kd_aif_student']
@@ -97,6 +109,7 @@ def test_script_writes_a_record_and_the_next_call_finds_it(tmp_path, console):
         and out.count('written') == 2
         and 'already there' not in out
         and files(results) == sorted(before)
+        and lines(results) == 2
     )
     again = load_records(results)
     assert [r.metrics['test_accuracy'] for r in again] == [r.metrics['test_accuracy'] for r in records], (
@@ -122,13 +135,13 @@ def test_settings_that_a_method_does_not_use_do_not_make_a_new_run(console):
     assert 'written' in console('kd_aif_run', *short, '--method', 'ce')[1]
     assert (
         'already there'
-        in console('kd_aif_run', *short, '--method', 'ce', '--teacher', 'mlp4', '--score', 'local')[1]
+        in console('kd_aif_run', *short, '--method', 'ce', '--teacher', 'mlp4', '--score', 'posterior')[1]
     )
 
 
 def test_one_method_twice_is_run_once(console):
     code, out, err = console('kd_aif_run', *short, '--method', 'ce,ce')
-    assert code == 0 and out.count('written') == 1 and len(files('results')) == 1, err
+    assert code == 0 and out.count('written') == 1 and lines('results') == 1, err
 
 
 def _many_runs(log):
@@ -152,7 +165,7 @@ def test_interrupted_run_leaves_whole_records_and_goes_on_from_there(tmp_path, c
         child.kill()
         child.join()
     records = load_records('results')  # raises for a file that is broken
-    assert 0 < len(records) < 200 and len(files('results')) == len(records), files('results')
+    assert 0 < len(records) < 200 and lines('results') == len(records), files('results')
     code, out, err = console('kd_aif_run', *short, '--method', 'ce')
     assert code == 0 and out.count('already there') == 1
     settings = (
@@ -257,6 +270,38 @@ def test_help(name, console):
     assert code == 0 and f'usage: {name}' in out and '--help' in out
 
 
+@pytest.mark.parametrize('name, settings', [('kd_aif_run', Task), ('kd_aif_run_ssl', SSLTask)])
+def test_help_lists_every_setting_with_its_comment(name, settings, console):
+    text = ' '.join(console(name, '--help')[1].split())
+    for field, comment in field_comments(settings).items():
+        if field not in ('dataset', 'tier', 'seed'):
+            assert f'--{field}' in text and ' '.join(comment.split()) in text, field
+    assert 'kd_aif_' in text.split('Methods:')[1]
+
+
+def read(*args):
+    "What the command line makes of these options"
+    runs, changes = read_options(command_parser(cli.kd_aif_run, cli.Runs, Task), cli.Runs, list(args), {})
+    return runs, {k: v for k, v in changes.items() if v is not None}
+
+
+def test_options_are_read_by_the_type_of_their_field():
+    runs, changes = read(
+        '--score', 'mean,loss', '--beta', '2', '--compile', '--no-pooled_reference', '--force'
+    )
+    assert changes == dict(score=('mean', 'loss'), beta=2.0, compile=True, pooled_reference=False)
+    assert runs.force and runs.seeds == 3 and read()[1] == {}
+    assert read('--beta', 'calibrated', '--n_train', '7')[1] == dict(beta='calibrated', n_train=7)
+
+
+def test_options_by_name_are_those_of_the_command_line(console, capsys):
+    cli.kd_aif_run(method='ce', epochs=1, seeds=1, out='results')
+    with pytest.raises(SystemExit) as e:
+        cli.kd_aif_run(methods='ce', out='results')
+    assert e.value.code == 2 and 'unknown options methods' in capsys.readouterr().err
+    assert 'already there' in console('kd_aif_run', *short, '--method', 'ce')[1]
+
+
 # Few labels
 
 few = (
@@ -268,7 +313,7 @@ few = (
     200,
     '--batch_size',
     10,
-    '--ratio',
+    '--mu',
     2,
     '--out',
     'results',
@@ -289,7 +334,7 @@ def test_runs_with_few_labels_are_recorded_once(console, tmp_path):
         'mine',
     )
     records = load_records('results', 'mine', 'smoke')
-    assert code == 0 and out.count('written') == 4 == len(records) == len(files('results')), err
+    assert code == 0 and out.count('written') == 4 == len(records) == lines('results'), err
     assert [(r.method, r.seed) for r in records] == [
         ('supervised', 0),
         ('supervised', 1),
@@ -347,7 +392,7 @@ def test_runs_with_few_labels_are_recorded_once(console, tmp_path):
             0.7,
             '--weight',
             2,
-            '--ratio',
+            '--mu',
             3,
             '--experiment',
             'mine',
@@ -398,7 +443,7 @@ FEW_MISTAKES = {
     'n_labelled': (('--n_labelled', 45), 'n_labelled is 45'),
     'n_unlabelled': (('--n_unlabelled', 9999), 'n_unlabelled is 9999'),
     'steps': (('--steps', 0), 'steps is 0'),
-    'ratio': (('--ratio', 0), 'ratio is 0'),
+    'mu': (('--mu', 0), 'mu is 0'),
     'batch_size': (('--batch_size', -1), 'batch_size is -1'),
     'lr': (('--lr', -1), 'lr is -1'),
     'threshold': (('--threshold', 95), 'threshold is 95'),
@@ -467,15 +512,16 @@ def test_quickstart(console):
     assert code == 0, err
     first = Path('first')
     rows, records = json.loads((first / 'summary.json').read_text()), load_records(first / 'results')
-    assert [r['method'] for r in rows] == [*QUICKSTART, 'kd_aif_student (beta=1)'] and all(
-        r['seed'] == 0 and 0 < r['test_accuracy'] < 1 and r['seconds'] > 0 for r in rows
-    )
+    assert [r['method'] for r in rows] == [*QUICKSTART, 'kd_aif_student'] and [r['beta'] for r in rows] == [
+        None
+    ] * 3 + ['calibrated'] * 2 + [1.0]
+    assert all(r['seed'] == 0 and 0 < r['test_accuracy'] < 1 and r['seconds'] > 0 for r in rows)
     assert sorted(r.metrics['test_accuracy'] for r in records) == sorted(r['test_accuracy'] for r in rows)
     assert {r.experiment for r in records} == {'quickstart'} and all(
         r.config['epochs'] == 2 and r.dataset['noise']['rate'] == 0.3 for r in records
     )
     assert files(first) == sorted(
-        ['summary.json', 'report.html', *(str(r.path('results')) for r in records)]
+        ['summary.json', 'report.html', *{str(r.path('results')) for r in records}]
     ), 'nothing else is left'
     assert str((first / 'report.html').resolve()) in out
     page = (first / 'report.html').read_text()
@@ -490,7 +536,7 @@ def test_quickstart(console):
         and not EXTERNAL.search(Path('all.html').read_text())
     )
     (first / 'results').rename('moved')
-    broken = next(Path('moved').rglob('*.json'))
+    broken = next(Path('moved').rglob('*.jsonl'))
     broken.write_text(broken.read_text()[:50])
     Path('all.html').unlink()
     code, out, err = console('kd_aif_report', '--records', 'moved', '--out', 'all.html')

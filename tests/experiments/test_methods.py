@@ -3,10 +3,16 @@
 import importlib.util
 import pytest, torch
 from kd_aif.data.label_noise import symmetric_noise
-from kd_aif.reporting.methods import METHODS
-from kd_aif.reporting.records import load_records
-from kd_aif.experiments.methods import RUNNERS, _Context, run_task
-from kd_aif.experiments.tasks import describe_data, make_task, second_opinion, task_data, trained_teacher
+from kd_aif.reporting.methods import METHODS, method, runnable_methods
+from kd_aif.reporting.record_files import load_records
+from kd_aif.experiments.context import Context
+from kd_aif.experiments.given_weights import sample_weights
+from kd_aif.experiments.methods import run_task
+from kd_aif.experiments.oracles import half_known_weights
+from kd_aif.experiments.rival_weights import counted_class_weights
+from kd_aif.experiments.task_data import describe_data, instance_noise_probabilities, task_data
+from kd_aif.experiments.tasks import make_task
+from kd_aif.rivals.fixed_weights import inverse_frequency
 
 SHORT = dict(noise='symmetric', rate=0.3, epochs=5)
 cleanlab = pytest.mark.skipif(importlib.util.find_spec('cleanlab') is None, reason='cleanlab is an extra')
@@ -23,14 +29,16 @@ def run(method, teachers, out=None, **changes):
     )
 
 
+FORMS = 'sp_train', 'crd_aif', 'dkd_aif', 'dist_aif', 'bdkd_aif', 'pesf_aif'  # of published losses
+SHOWN = [
+    m.name
+    for m in runnable_methods().values()
+    if 'extra_weight' not in m.settings or not m.base or m.name in FORMS
+]
+
+
 @pytest.mark.parametrize(
-    'method',
-    [
-        pytest.param(m, marks=cleanlab) if m == 'confident_learning' else m
-        for m in RUNNERS
-        if not m.endswith(('_aif', '_train'))
-        or m in ('sp_train', 'crd_aif', 'dkd_aif', 'dist_aif', 'bdkd_aif', 'pesf_aif')
-    ],
+    'method', [pytest.param(m, marks=cleanlab) if m == 'confident_learning' else m for m in SHOWN]
 )
 def test_every_method_runs_and_is_recorded(method, teachers, tmp_path):
     record, found = run(method, teachers, tmp_path)
@@ -43,7 +51,7 @@ def test_every_method_runs_and_is_recorded(method, teachers, tmp_path):
     )
     assert (
         record.seconds['student'] > 0
-        and method in METHODS
+        and METHODS[method].label
         and (method in ('ce', 'one', 'okddip')) == (record.teacher == '')
     )
     assert run(method, teachers, tmp_path) == (record, None) and load_records(tmp_path) == [record], (
@@ -87,13 +95,13 @@ def test_a_pair_without_an_assistant_is_named_before_anything_is_trained(tmp_pat
 
 def test_the_oracle_gives_wrong_labels_nothing_and_random_weights_the_same_histogram(teachers):
     _, oracle = run('oracle_student', teachers)
-    c = _Context(
+    c = Context(
         make_task('digits', **SHORT),
         *task_data(make_task('digits', **SHORT), progress=False),
         teachers,
         False,
     )
-    wrong, every = c.train.wrong.cpu(), torch.cat([oracle.weights, oracle.val_weights])
+    wrong, every = c.train.is_noisy.cpu(), torch.cat([oracle.weights, oracle.val_weights])
     assert (oracle.weights[wrong] == 0).all() and torch.isclose(every.mean(), torch.tensor(1.0))
     for k in range(10):
         assert torch.allclose(
@@ -101,21 +109,24 @@ def test_the_oracle_gives_wrong_labels_nothing_and_random_weights_the_same_histo
         ), 'good is good, wherever it comes from'
     _, random = run('random_student', teachers)
     every = torch.cat([random.weights, random.val_weights])
-    assert torch.equal(every.sort().values, c.quality.sort().values) and not torch.equal(every, c.quality)
-    found = {wrong: c.half_known(wrong) for wrong in (True, False)}
+    assert torch.equal(every.sort().values, c.once(sample_weights).sort().values) and not torch.equal(
+        every, c.once(sample_weights)
+    )
+    found = {known: half_known_weights(c, known) for known in (True, False)}
     assert (found[True][: len(wrong)][wrong] == 0).all() and (found[False][: len(wrong)][wrong] > 0).any()
     for k in range(10):
-        rows, right = c.every_y == k, (c.every_y == k) & ~c.every_wrong
+        rows, right = c.all_y == k, (c.all_y == k) & ~c.all_noisy
         assert (
             found[False][right].std() < 1e-6
             and torch.allclose(
-                found[True][right] / c.quality[right], (found[True][right] / c.quality[right])[:1]
+                found[True][right] / c.once(sample_weights)[right],
+                (found[True][right] / c.once(sample_weights)[right])[:1],
             )
             and all(torch.isclose(w[rows].mean(), torch.tensor(1.0)) for w in found.values())
         )
     _, alone = run('val_alone_student', teachers)
     assert (
-        torch.equal(alone.val_weights, c.quality[len(c.y) :])
+        torch.equal(alone.val_weights, c.once(sample_weights)[len(c.y) :])
         and all(alone.weights[c.y == k].std() < 1e-6 for k in range(10))
         and alone.val_weights.min() > alone.weights.max()
     )
@@ -123,10 +134,8 @@ def test_the_oracle_gives_wrong_labels_nothing_and_random_weights_the_same_histo
 
 def test_class_weights_of_rivals_have_mean_one_over_everything_that_trains(teachers):
     task = make_task('digits', imbalance=10.0, epochs=5)
-    c = _Context(task, *task_data(task, progress=False), teachers, False)
-    from kd_aif.rivals.fixed_weights import inverse_frequency
-
-    v = c.class_weights(inverse_frequency)
+    c = Context(task, *task_data(task, progress=False), teachers, False)
+    v = counted_class_weights(c, inverse_frequency)
     assert torch.isclose((v * c.counts).sum() / c.counts.sum(), torch.tensor(1.0)) and torch.allclose(
         v * c.counts, (v * c.counts)[0]
     )
@@ -138,10 +147,10 @@ def test_instance_noise_follows_a_small_network():
     train, again, clean = (
         task_data(t, progress=False)[0].to('cpu') for t in (task, task, make_task('digits'))
     )
-    p = second_opinion(task, clean)
-    assert torch.equal(train.y, again.y) and train.wrong.sum() == round(0.3 * len(train))
+    p = instance_noise_probabilities(task, clean)
+    assert torch.equal(train.y, again.y) and train.is_noisy.sum() == round(0.3 * len(train))
     p[torch.arange(len(p)), clean.y] = -1
-    assert torch.equal(train.y[train.wrong], p.argmax(1)[train.wrong])
+    assert torch.equal(train.y[train.is_noisy], p.argmax(1)[train.is_noisy])
 
 
 def test_disturbed_validation_sets_touch_nothing_else():
@@ -149,9 +158,11 @@ def test_disturbed_validation_sets_touch_nothing_else():
         task_data(make_task('digits', **kw), progress=False)
         for kw in (dict(), dict(val_rate=0.2), dict(val_shift=1.0))
     )
-    assert plain[0].fingerprint == wrong[0].fingerprint == shifted[0].fingerprint and not wrong[0].wrong.any()
     assert (
-        wrong[1].wrong.any()
+        plain[0].fingerprint == wrong[0].fingerprint == shifted[0].fingerprint and not wrong[0].is_noisy.any()
+    )
+    assert (
+        wrong[1].is_noisy.any()
         and not torch.equal(plain[1].x, shifted[1].x)
         and torch.equal(plain[1].y, shifted[1].y)
     )

@@ -4,13 +4,13 @@ import dataclasses
 from unittest import mock
 
 import pytest, torch
-from kd_aif.experiments import ssl_methods as ssl_runs
+from kd_aif.experiments import ssl_runs, ssl_tasks
 from kd_aif.data.sources import load_images
-from kd_aif.reporting.methods import METHODS
-from kd_aif.reporting.records import load_records
+from kd_aif.reporting.methods import METHODS, Method, runnable_methods
+from kd_aif.reporting.record_files import load_records
 from kd_aif.few_labels.algorithms import FixMatch
-from kd_aif.few_labels.catalogue import SSL_RULES
-from kd_aif.few_labels.trainer import PseudoLabelMeter, label_quality
+from kd_aif.few_labels.meta_pseudo_labels import ALGORITHMS
+from kd_aif.few_labels.pseudo_labels import PseudoLabelMeter, label_quality
 from kd_aif.experiments.ssl_figures import (
     accuracy_cost_figure,
     confidence_figure,
@@ -18,17 +18,11 @@ from kd_aif.experiments.ssl_figures import (
     ssl_figures,
     ssl_title,
 )
-from kd_aif.experiments.ssl_methods import (
-    SSL_RUNNERS,
-    SSL_TASKS,
-    SSLContext,
-    confidence_diagnostics,
-    make_ssl_task,
-    run_ssl_task,
-    ssl_task_data,
-)
+from kd_aif.experiments.ssl_methods import Recipe
+from kd_aif.experiments.ssl_runs import confidence_diagnostics, run_ssl_task
+from kd_aif.experiments.ssl_tasks import SSL_TASKS, make_ssl_task, ssl_task_data
 
-SHORT = dict(n_unlabelled=200, steps=6, batch_size=10, ratio=2, every=2)
+SHORT = dict(n_unlabelled=200, steps=6, batch_size=10, mu=2, every=2)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +51,7 @@ def kept(folder):
 # Every method
 
 
-@pytest.mark.parametrize('method', SSL_RUNNERS)
+@pytest.mark.parametrize('method', runnable_methods(few_labels=True))
 def test_every_method_runs_and_is_recorded(method, tmp_path):
     record, found = run(method, tmp_path / 'out')
     m = record.metrics
@@ -95,8 +89,8 @@ def test_every_method_runs_and_is_recorded(method, tmp_path):
     assert kept(tmp_path / 'cache') == [], 'no checkpoint is left'
 
 
-def test_all_rules_are_methods():
-    assert set(SSL_RULES) <= set(SSL_RUNNERS)
+def test_all_algorithms_are_methods():
+    assert set(ALGORITHMS) <= set(runnable_methods(few_labels=True))
 
 
 def test_the_last_measurement_is_that_of_the_network_that_writes_the_labels():
@@ -147,7 +141,7 @@ def test_fine_tuning_is_of_the_average_alone():
 @pytest.mark.parametrize(
     'method, change, same',
     [
-        ('supervised', dict(ratio=3), True),
+        ('supervised', dict(mu=3), True),
         ('supervised', dict(threshold=0.5), True),
         ('supervised', dict(weight=2.0), True),
         ('supervised', dict(lr=0.2), False),
@@ -158,7 +152,7 @@ def test_fine_tuning_is_of_the_average_alone():
         ('fixmatch', dict(threshold=0.5), False),
         ('fixmatch', dict(threshold=0.95), True),
         ('fixmatch', dict(weight=1.0), True),
-        ('fixmatch', dict(ratio=3), False),
+        ('fixmatch', dict(mu=3), False),
         ('fixmatch', dict(precision='bfloat16'), False),
         ('fixmatch', dict(steps=8), False),
         ('fixmatch', dict(student='mlp8'), False),
@@ -201,13 +195,15 @@ def test_weights_of_a_method_are_recorded(tmp_path):
     class Half:
         share: float = 0.5
 
-        def __call__(self, step, terms):
-            return torch.full_like(terms.unsupervised, self.share)
+        def __call__(self, step, output):
+            return torch.full_like(output.unsupervised, self.share)
 
     def add(share):
-        return mock.patch.dict(
-            SSL_RUNNERS, halved=lambda c: dict(rule=c.adapted(FixMatch()), weights=Half(share))
-        )
+        def recipe(c):
+            return Recipe(c.adapted(FixMatch()), Half(share))
+
+        halved = Method('halved', 'halved', 'few_labels', run=recipe, needs_teacher=False, few_labels=True)
+        return mock.patch.dict(METHODS, halved=halved)
 
     with add(0.5):
         record, found = run('halved', tmp_path)
@@ -246,9 +242,9 @@ def test_partial_svhn_is_called_so(tmp_path, monkeypatch):
     def partial(name, split, *args):
         return dataclasses.replace(load_images('digits', split), name='svhn', note='SVHN, partial')
 
-    monkeypatch.setattr(ssl_runs, 'load_images', partial)
+    monkeypatch.setattr(ssl_tasks, 'load_images', partial)
     task = dataclasses.replace(
-        make_ssl_task('svhn', 'lite', n_labelled=40, steps=4, every=2, batch_size=10, ratio=1), student='cnn8'
+        make_ssl_task('svhn', 'lite', n_labelled=40, steps=4, every=2, batch_size=10, mu=1), student='cnn8'
     )
     record, _ = run_ssl_task(task, 'fixmatch', out=tmp_path, progress=False)
     assert (
@@ -349,7 +345,7 @@ MISTAKES = dict(
     n_unlabelled=dict(n_unlabelled=-1),
     steps=dict(steps=0),
     batch_size=dict(batch_size=2.5),
-    ratio=dict(ratio=0),
+    mu=dict(mu=0),
     lr=dict(lr=0.0),
     ema=dict(ema=2.0),
     finetune=dict(finetune=-1),
@@ -399,7 +395,7 @@ def test_the_tiers():
         task == SSL_TASKS[task.dataset, task.tier] for task in SSL_TASKS.values()
     )
     assert all(
-        (t.student, t.batch_size, t.ratio) == ('wrn_28_2', 64, 7) and t.steps >= 2**17
+        (t.student, t.batch_size, t.mu) == ('wrn_28_2', 64, 7) and t.steps >= 2**17
         for (_, tier), t in SSL_TASKS.items()
         if tier == 'full'
     )
