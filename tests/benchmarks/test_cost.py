@@ -1,41 +1,36 @@
-"The benchmark: tasks, unit, memory, rows, records, the judge by retraining, the command."
+"The benchmark: tasks, unit, memory, rows, records, comparison with retraining, the command."
 
 import json, sys
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from scipy.stats import spearmanr
 
 from kd_aif.benchmarks import cost, fidelity, influence_tasks
-from kd_aif.benchmarks.cost import EXPERIMENT, PEER_LABELS, ROWS, SCORING, SOLVERS, measure, row_label
-from kd_aif.benchmarks.fidelity import LDS_ROWS
-from kd_aif.benchmarks.cli import kd_aif_bench
-from kd_aif.benchmarks.cost import cost_table, influence_bench, live_peak
-from kd_aif.benchmarks.fidelity import (
-    HeldGaussNewton,
-    lds_bench,
-    lds_difference,
-    lds_table,
-    query_scores,
-    refit_folder,
-)
-from kd_aif.benchmarks.influence_tasks import Bench, InfluenceTask, LiveMemory, RefitTask
+from kd_aif.benchmarks.bench import Bench, live_peak, LiveMemory
+from kd_aif.benchmarks.cli import BenchSettings, kd_aif_bench
+from kd_aif.benchmarks.cost import bench_record, cost_table, EXPERIMENT, influence_bench, measure
+from kd_aif.benchmarks.fidelity import lds_bench, lds_difference, lds_table, refit_folder
+from kd_aif.benchmarks.influence_tasks import InfluenceTask, RefitTask
+from kd_aif.benchmarks.query_scores import HeldGaussNewton, lds_config, LDS_ROWS, query_scores
+from kd_aif.benchmarks.reference_libraries import LIBRARY_LABELS, REFERENCE_LIBRARIES
+from kd_aif.benchmarks.rows import row_label, ROWS, SCORING, SOLVERS
+from kd_aif.distillation.trainer import Training
 from kd_aif.influence.curvature import GaussNewton
-from kd_aif.distillation.distill import distill
-from kd_aif.influence.scores import influence_scores
-from kd_aif.benchmarks.peers import PEERS
-from kd_aif.reporting.records import load_records
-from kd_aif.influence.iterative_solvers import CG
-from kd_aif.influence.solvers import Woodbury
 from kd_aif.influence.datamodelling import half_subsets
-from kd_aif.influence.retraining import Refits
+from kd_aif.influence.iterative_solvers import CG
+from kd_aif.influence.retraining import RetrainedLosses
+from kd_aif.influence.scores import all_layer_scores
+from kd_aif.influence.solvers import Woodbury
+from kd_aif.reporting.record_files import load_records
 
 TASK = InfluenceTask('digits', 'cnn8', n_train=200, n_val=100, epochs=4)
 TINY = RefitTask('digits', 'cnn8', n_train=80, n_val=30, rate=0.4, epochs=2)
 LIBRARIES = 'kronfluence', 'dattri', 'torch_influence', 'pydvl'
-quiet = dict(say=lambda line: None)
+quiet = dict(log=lambda line: None)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -110,8 +105,8 @@ def test_the_earlier_weights_are_one_epoch_from_the_end(monkeypatch, tmp_path):
 
     monkeypatch.setattr(
         influence_tasks,
-        'distill',
-        partial(distill, make_optimizer=lambda p, lr: Watched(p, lr, momentum=0.9, nesterov=True)),
+        'Training',
+        partial(Training, make_optimizer=lambda p, lr: Watched(p, lr, momentum=0.9, nesterov=True)),
     )
     monkeypatch.setenv('KD_AIF_CACHE', str(tmp_path))
     _, before = TASK.networks()
@@ -149,7 +144,7 @@ def test_scoring_takes_no_more_than_twice_the_memory_of_a_forward_pass(bench):
 
 def test_the_reference_solves_the_system(bench):
     assert bench.reference.residual < 2e-6 and len(bench.reference.values) == 200
-    dense = influence_scores(
+    dense = all_layer_scores(
         bench.model, bench.loss, bench.train, bench.val, Woodbury(0.1, None, None), progress=False
     )
     assert spearmanr(dense.values, bench.reference.values)[0] > 0.99999
@@ -185,7 +180,7 @@ def results(tmp_path_factory):
         for name in LIBRARIES:
             patch.setitem(sys.modules, name, None)
         lines = []
-        return out, *influence_bench(TASK, rows=ASKED, repeats=1, out=out, say=lines.append), lines
+        return out, *influence_bench(TASK, rows=ASKED, repeats=1, out=out, log=lines.append), lines
 
 
 def test_rows_are_recorded(results):
@@ -281,7 +276,7 @@ def test_unknown_rows_are_refused():
         lds_bench(TINY, rows=['GMRES'])
 
 
-# the judge by retraining
+# comparison with retraining
 
 
 def test_held_rows_are_the_same_matrix(bench):
@@ -290,11 +285,11 @@ def test_held_rows_are_the_same_matrix(bench):
     assert torch.allclose(held @ v, streamed @ v, rtol=1e-3, atol=1e-5) and torch.allclose(
         held @ v[:, 0], (held @ v)[:, 0], atol=1e-6
     )
-    assert held.products == 7
+    assert held.matvecs == 7
 
 
 def test_query_scores_are_influence_scores(bench):
-    direct = influence_scores(
+    direct = all_layer_scores(
         bench.model, bench.loss, bench.train, bench.val, CG(0.1), target='sample', progress=False
     )
     assert (
@@ -308,13 +303,15 @@ def test_query_scores_are_influence_scores(bench):
 def test_differences_are_paired():
     g = torch.Generator().manual_seed(0)
     truth, subsets = torch.randn(50, 5, generator=g, dtype=torch.float64), half_subsets(50, 20)
-    refits = Refits(torch.stack([-truth[rows].sum(0) for rows in subsets])[:, None], tuple(subsets), (0,))
+    retrained = RetrainedLosses(
+        torch.stack([-truth[rows].sum(0) for rows in subsets])[:, None], tuple(subsets), (0,)
+    )
     noisy = truth + 2 * torch.randn(50, 5, generator=g, dtype=torch.float64)
     for a, b in ((truth, noisy), (truth.mean(1), noisy.mean(1))):
         d, e, zero = (
-            lds_difference(a, b, refits, 60),
-            lds_difference(b, a, refits, 60),
-            lds_difference(a, a, refits, 10),
+            lds_difference(a, b, retrained, 60),
+            lds_difference(b, a, retrained, 60),
+            lds_difference(a, a, retrained, 10),
         )
         assert (
             d['low'] <= d['value'] <= d['high']
@@ -325,10 +322,10 @@ def test_differences_are_paired():
         assert zero == dict(value=0.0, low=0.0, high=0.0)
 
 
-def test_the_judge_goes_on_where_it_stopped(tmp_path, without_libraries, monkeypatch):
+def test_the_comparison_goes_on_where_it_stopped(tmp_path, without_libraries, monkeypatch):
     lines, rows = [], ['kronfluence_ekfac', 'CG', 'Woodbury-512', 'last-layer', 'loss']
     options = dict(rows=rows, subsets=6, seeds=2, out=tmp_path, progress=False)
-    records, missing = lds_bench(TINY, say=lines.append, **options)
+    records, missing = lds_bench(TINY, log=lines.append, **options)
     assert (
         [r.method for r in records] == rows[1:]
         and missing == dict(kronfluence_ekfac='not installed')
@@ -343,7 +340,7 @@ def test_the_judge_goes_on_where_it_stopped(tmp_path, without_libraries, monkeyp
         )
     table = lds_table(records, [('kronfluence_ekfac', 0.1)], missing)
     assert 'not installed' in table._repr_markdown_() and {len(r) for r in table.rows} == {len(table.header)}
-    for name in ('refit', 'averaged_scores'):
+    for name in ('retrain', 'averaged_scores'):
         monkeypatch.setattr(fidelity, name, never)
     again, _ = lds_bench(TINY, **{**options, 'rows': rows[1:]}, **quiet)
     assert [r.time for r in again] == [r.time for r in records]
@@ -372,6 +369,36 @@ def test_differences_are_recorded(tmp_path):
     )
 
 
+# committed records
+
+
+def committed(experiment):
+    return load_records(Path(__file__).parents[2] / 'reports' / 'results', experiment)
+
+
+@pytest.mark.parametrize('kind', ['scoring', 'solver', 'peer', 'lds', 'lds_difference'])
+def test_committed_records_are_found_by_their_configuration(kind):
+    "The settings that the code gives a row today are those that its records hold"
+    found = [r for r in committed(EXPERIMENT) if r.config['kind'].partition(',')[0] == kind]
+    assert found
+    for r in found:
+        if kind.startswith('lds'):
+            config = lds_config(r.method, r.config['damping'], r.config['subsets'], r.config['seeds'], kind)
+            config |= dict(other=r.config['other']) if kind == 'lds_difference' else {}
+        else:
+            config = dict(
+                kind=r.config['kind'], damping=r.config['damping'], settings=ROWS[r.method].settings
+            )
+        assert config | dict(epochs=15, batch_size=64, lr=0.1) == r.config, r.method
+
+
+def test_a_record_has_the_fields_of_its_task(monkeypatch):
+    monkeypatch.setattr(cost, '_describe', lambda task: dict(name=task.dataset))
+    record = bench_record(InfluenceTask(), 'CG', dict(kind='solver'))
+    assert record.config == dict(kind='solver', epochs=15, batch_size=64, lr=0.1)
+    assert (record.student, record.seed, record.tier) == ('cnn16', 0, 'lite')
+
+
 # the command
 
 SMALL = dict(model='cnn8', dataset='digits', n_val=100, out='results')
@@ -388,7 +415,8 @@ def test_command(tmp_path, monkeypatch, capsys, without_libraries):
     )
     kd_aif_bench('lds', n_train=80, epochs=2, rows='Identity,loss', subsets=6, seeds=2, **SMALL)
     assert '| minus the loss |' in capsys.readouterr().out
-    found = [json.loads(p.read_text()) for p in (tmp_path / 'results').rglob('*.json')]
+    files = (tmp_path / 'results').rglob('*.jsonl')
+    found = [json.loads(line) for p in files for line in p.read_text().splitlines()]
     assert len(found) == 4 and {r['experiment'] for r in found} == {'25_speed_and_fidelity'}
 
 
@@ -408,8 +436,20 @@ def test_errors_have_a_remedy(arguments, message, capsys, tmp_path):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_every_peer_has_a_label():
-    assert set(PEER_LABELS) == set(PEERS) and all(
+def test_the_command_line_has_the_fields_of_the_settings(monkeypatch, tmp_path):
+    from kd_aif.benchmarks import cli
+
+    seen = []
+    monkeypatch.setitem(cli._RUNS, 'lds', seen.append)
+    line = f'kd_aif_bench lds --model cnn8 --dataset digits --damping auto --peers --n_val 7 --out {tmp_path}'
+    monkeypatch.setattr(sys, 'argv', line.split())
+    kd_aif_bench()
+    changes = dict(model='cnn8', dataset='digits', damping='auto', peers=True, n_val=7, out=str(tmp_path))
+    assert seen == [BenchSettings('lds', **changes)] and seen[0].threads == 1 and not seen[0].channels_first
+
+
+def test_every_library_has_a_label():
+    assert set(LIBRARY_LABELS) == set(REFERENCE_LIBRARIES) and all(
         row_label(n) != n for n in (*ROWS, *LDS_ROWS) if n != 'LiSSA'
     )
 
@@ -431,7 +471,7 @@ def test_the_command_line_measures_steps_with_few_labels(monkeypatch, capsys, tm
             teacher='',
             student='cnn4',
             seed=0,
-            config=dict(methods=['fixmatch', 'kd_aif_ssl'], batch_size=20, ratio=3, device='cpu'),
+            config=dict(methods=['fixmatch', 'kd_aif_ssl'], batch_size=20, mu=3, device='cpu'),
             metrics=dict(
                 first_seconds_per_step=0.01,
                 second_seconds_per_step=0.012,

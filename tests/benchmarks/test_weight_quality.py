@@ -2,35 +2,38 @@
 
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
-from kd_aif.influence.cross_scores import CrossScores, cross_scores
-from kd_aif.foundation.losses import batch_cross_entropy
+from kd_aif.benchmarks.quality_tables import quality_rows, select, setting_table, variant_table
+from kd_aif.benchmarks.variant_scores import QualityScorer, variant_scores
+from kd_aif.benchmarks.variant_weights import evaluate_variant, variant_weights, weight_quality
 from kd_aif.benchmarks.variants import (
     ESTIMATORS,
+    parse_variant,
     SCORE_NAMES,
-    QualityScorer,
+    SCORE_PARTS,
     Variant,
-    calibrate,
-    variant_scores,
+    variant_name,
 )
 from kd_aif.benchmarks.weight_quality import (
+    _OF_THE_TEACHER,
+    EXPERIMENT,
     GROUPS,
-    SETTINGS,
-    evaluate_variant,
-    quality_rows,
     quality_runs,
+    QualityOptions,
     run_quality,
-    select,
-    setting_table,
-    variant_table,
+    SETTINGS,
     variants_of,
-    weight_quality,
 )
-from kd_aif.reporting.records import load_records
-from kd_aif.experiments.tasks import make_task, task_data, trained_teacher
+from kd_aif.experiments.task_data import task_data
+from kd_aif.experiments.tasks import make_task
+from kd_aif.experiments.teachers import trained_teacher
+from kd_aif.foundation.losses import batch_cross_entropy
+from kd_aif.influence.cross_scores import cross_scores, CrossScores, Scoring
+from kd_aif.reporting.record_files import load_records
 
 
 @pytest.fixture(scope='module')
@@ -57,17 +60,16 @@ def scorer(teachers):
 def test_scores_are_those_of_cross_scores(scorer, score, layers, folds, n_val):
     "Views and solves that are shared change nothing, also for a subset of the validation samples"
     ours = variant_scores(scorer, Variant(score, layers, folds, n_val))
-    val = scorer.val.take(scorer.chosen(n_val).nonzero()[:, 0])
+    val = scorer.val.select(scorer.chosen(n_val).nonzero()[:, 0])
     theirs = cross_scores(
         scorer.model,
         batch_cross_entropy,
-        scorer._batches(scorer.train),
-        scorer._batches(val),
+        scorer.batches(scorer.train),
+        scorer.batches(val),
+        SCORE_PARTS[score],
         folds,
-        score,
-        last_layer=layers == 'last',
-        seed=scorer.seed,
-        progress=False,
+        scorer.seed,
+        Scoring(last_layer=layers == 'last', progress=False),
     )
     assert torch.allclose(
         ours.values.double(), theirs.values.double(), atol=1e-3 * float(theirs.values.std())
@@ -116,7 +118,7 @@ def test_seconds_count_a_shared_step_once(scorer):
 @pytest.mark.parametrize('density', ESTIMATORS)
 @pytest.mark.parametrize('balance', ['class', 'compared', 'none'])
 def test_weights_have_mean_one(scorer, density, balance):
-    w = calibrate(
+    w = variant_weights(
         variant_scores(scorer, Variant(n_val=300)), Variant(density=density, balance=balance, n_val=300)
     )
     assert (
@@ -141,11 +143,19 @@ def test_a_class_without_reference_keeps_its_weight(density):
     wrong = (torch.rand(1500, generator=g) < 0.4) & (y != 3)
     scores, z = torch.randn(1, 1500, generator=g) - 3 * wrong, torch.arange(300) % 3
     found = CrossScores(
-        scores, torch.arange(1500), y, (torch.randn(300, generator=g),), (z,), 'local', math.nan, math.nan, {}
+        scores,
+        torch.arange(1500),
+        y,
+        (torch.randn(300, generator=g),),
+        (z,),
+        ('posterior',),
+        math.nan,
+        math.nan,
+        {},
     )
     with warnings.catch_warnings(record=True):
         warnings.simplefilter('always')
-        w = calibrate(found, Variant(density=density, n_val=300))
+        w = variant_weights(found, Variant(density=density, n_val=300))
     result = weight_quality(w, wrong, y)
     assert torch.allclose(w.values[y == 3], torch.ones(int((y == 3).sum()))) and w.values[wrong].mean() < 0.5
     assert (
@@ -156,7 +166,7 @@ def test_a_class_without_reference_keeps_its_weight(density):
 
 
 def test_all_labels_wrong_or_right_have_no_auc(scorer):
-    w = calibrate(variant_scores(scorer, Variant(n_val=300)), Variant(n_val=300))
+    w = variant_weights(variant_scores(scorer, Variant(n_val=300)), Variant(n_val=300))
     y = scorer.train.y
     for wrong in (torch.zeros(len(y), dtype=torch.bool), torch.ones(len(y), dtype=torch.bool)):
         result = weight_quality(w, wrong, y)
@@ -182,19 +192,24 @@ def test_names_and_groups():
     "Every variant is named uniquely, is in its group once, and comes back from its name"
     for n in (100, 250, 300, 1000):
         for g in GROUPS:
-            names = [v.name for v in variants_of(g, n)]
-            assert len(set(names)) == len(names) and [Variant.parse(name).name for name in names] == names
+            names = [variant_name(v) for v in variants_of(g, n)]
+            assert (
+                len(set(names)) == len(names)
+                and [variant_name(parse_variant(name)) for name in names] == names
+            )
             assert all(v.n_val <= n for v in variants_of(g, n))
     assert {v.score for v in variants_of('scores')} == set(SCORE_NAMES)
 
 
 def test_records_are_found_again(tmp_path, teachers):
     "A second call reads, a new group is added without touching the others, tables say what was not run"
-    common = dict(out=tmp_path, teachers=teachers, progress=False, say=lambda line: None, epochs=2)
+    options = QualityOptions(teachers=teachers, progress=False, log=lambda line: None)
+    common = dict(out=tmp_path, options=options, epochs=2)
     first = run_quality('digits', ['sym40'], groups=['densities'], **common)
-    stamp = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*.json')}
+    lines = {line for p in tmp_path.rglob('*.jsonl') for line in p.read_text().splitlines()}
     both = run_quality('digits', ['sym40'], groups=['densities', 'folds'], **common)
-    assert both[0] == first[0] and len(both) == 2 and all(p.stat().st_mtime_ns == t for p, t in stamp.items())
+    after = {line for p in tmp_path.rglob('*.jsonl') for line in p.read_text().splitlines()}
+    assert both[0] == first[0] and len(both) == 2 and len(lines) == 1 and lines < after
     rows = quality_rows(load_records(tmp_path))
     assert not rows.duplicated(
         ['setting', 'seed', 'score', 'layers', 'folds', 'n_val', 'density', 'balance']
@@ -216,8 +231,10 @@ def test_records_are_found_again(tmp_path, teachers):
 def test_every_setting_runs(setting, teachers):
     "Noise of all kinds, a long tail, a validation set that is wrong or shifted: numbers come out, and they fit into a record"
     task = make_task('digits', **SETTINGS[setting], epochs=1)
-    (record,) = quality_runs(task, setting, ['densities'], teachers=teachers, progress=False)
-    name = Variant(n_val=300).name
+    (record,) = quality_runs(
+        task, setting, ['densities'], options=QualityOptions(teachers=teachers, progress=False)
+    )
+    name = variant_name(Variant(n_val=300))
     assert (
         0 <= record.metrics[f'{name}/clean_fraction'] <= 1
         and 0 < record.metrics[f'{name}/effective_sample_size'] <= 1
@@ -225,3 +242,14 @@ def test_every_setting_runs(setting, teachers):
     assert (record.metrics[f'{name}/weight_auc'] is None) == (setting == 'lt32') and len(
         record.metrics[f'{name}/class_errors']
     ) == 10
+
+
+def test_committed_records_are_found_by_their_configuration():
+    "Groups have the variants of their records, and a task the fields"
+    records = load_records(Path(__file__).parents[2] / 'reports' / 'results', EXPERIMENT)
+    today = [r for r in records if r.config['variants'][0].count('|') == 7]  # early names lack the reference
+    assert len(today) > len(records) / 2
+    for r in today:
+        names = [variant_name(v) for v in variants_of(r.config['group'], r.dataset['rows']['val'])]
+        assert r.config['variants'] == names and SETTINGS[r.config['setting']].items() <= r.config.items()
+        assert set(r.config) == {*_OF_THE_TEACHER, 'setting', 'group', 'variants'}
