@@ -1,1 +1,37 @@
+"Knowledge distillation in which every training sample carries a weight that says how much it helps on held-out data"
 __version__ = "0.1.0"
+
+from importlib import import_module
+
+_HOME = {  # name -> module in which it is defined; imported when it is first asked for, so that this import stays quick
+    'distill': 'distillation.distill',
+    'Objective': 'distillation.objective',
+    'AuxiliaryLoss': 'distillation.objective',
+    'Training': 'distillation.trainer',
+    'OneShot': 'distillation.schedules',
+    'Every': 'distillation.schedules',
+    'Online': 'distillation.schedules',
+    'Influence': 'distillation.weighting',
+    'Published': 'distillation.weighting',
+    'Fixed': 'distillation.weighting',
+    'Reweighting': 'distillation.weighting',
+    'out_of_fold_weights': 'distillation.out_of_fold',
+    'influence_scores': 'influence.scores',
+    'cross_scores': 'influence.cross_scores',
+    'calibrated_weights': 'weights.calibration',
+    'distill_ssl': 'few_labels.cross_fitting',
+    'load_images': 'data.sources',
+    'build_model': 'models.build',
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f'module kd_aif has no attribute {name!r}; it hands on {", ".join(_HOME)}')
+    value = globals()[name] = getattr(import_module(f'kd_aif.{_HOME[name]}'), name)
+    return value
+
+
+def __dir__():
+    return sorted([*globals(), *_HOME])

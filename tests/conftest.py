@@ -20,5 +20,5 @@ def cpu(monkeypatch):
     "Tasks on the CPU, where a repeat gives the same last bit; on a GPU sums may be taken in another order."
     import torch
 
-    for module in ('tasks', 'ssl_methods'):
+    for module in ('task_data', 'ssl_tasks'):
         monkeypatch.setattr(f'kd_aif.experiments.{module}.default_device', lambda: torch.device('cpu'))

@@ -238,6 +238,21 @@ def test_console_script_exists(script):
     assert name == function and callable(getattr(importlib.import_module(module), function))
 
 
+def test_import_hands_on_the_names_that_most_users_need():
+    code = '''
+import sys, kd_aif
+assert 'torch' not in sys.modules, 'import kd_aif is to stay quick'
+for name in kd_aif.__all__: assert getattr(kd_aif, name).__module__.startswith('kd_aif.'), name
+assert set(kd_aif.__all__) <= set(dir(kd_aif))
+from kd_aif import distill, Training
+try: kd_aif.distil
+except AttributeError as e: assert 'distill' in str(e)
+else: raise AssertionError('a name that is not there')
+'''
+    done = run(sys.executable, '-c', code)
+    assert done.returncode == 0, done.stderr
+
+
 WITHOUT_EXTRAS = '''
 import importlib, pkgutil, sys
 for name in blocked: sys.modules[name] = None  # Python treats such a module as one that is not installed

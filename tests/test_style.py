@@ -14,6 +14,11 @@ MODULES = sorted(p for p in PACKAGE.rglob('*.py') if not p.name.startswith('_'))
 NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 LINE, FUNCTION, PARAMETERS, COMPLEXITY, CELL, MEDIAN_CELL = 120, 50, 10, 15, 25, 10
 SHORTEST_MODULE, LONGEST_MODULE = 20, 400
+ROOMS = (  # a room uses the rooms before it only
+    'foundation', 'data', 'models', 'influence', 'weights', 'distillation', 'rivals', 'few_labels', 'reporting',
+    'experiments', 'benchmarks',
+)  # fmt: skip
+FLOORS = 9
 COMPREHENSIONS = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
 EXPORT = re.compile(r'^#\|\s*exporti?\b', re.MULTILINE)
 
@@ -166,3 +171,54 @@ def test_prose_stands_before_export_cells(path):
 def test_the_median_export_cell():
     lengths = [cell_length(s) for path in NOTEBOOKS for s in export_cells(path)]
     assert statistics.median(lengths) <= MEDIAN_CELL
+
+
+def dependencies(path):
+    "Modules of this package that a module imports, such as 'influence.solvers'"
+    here, found = path.relative_to(PACKAGE).with_suffix('').parts, set()
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            found.add('.'.join([*here[: -node.level], *(node.module or '').split('.')]))
+    return found
+
+
+def longest_path(graph):
+    "Number of floors of a graph without circles; a circle raises `RecursionError` with its members"
+
+    def floor(node, below):
+        if node in below:
+            raise RecursionError(f'a circle of imports: {" -> ".join([*below, node])}')
+        return 1 + max((floor(other, (*below, node)) for other in graph[node]), default=0)
+
+    return max(floor(node, ()) for node in graph)
+
+
+def test_every_folder_is_a_room_in_all_three_trees():
+    folders = [p.name for p in NBS.iterdir() if p.is_dir() and re.match(r'\d\d_', p.name)]
+    assert sorted(name.partition('_')[2] for name in folders) == sorted(ROOMS)
+    assert sorted(p.name for p in PACKAGE.iterdir() if p.is_dir() and not p.name.startswith('_')) == sorted(
+        ROOMS
+    )
+    assert set(ROOMS) <= {p.name for p in (ROOT / 'tests').iterdir()}
+
+
+@module
+def test_a_room_uses_the_rooms_before_it(path):
+    own = ROOMS.index(path.relative_to(PACKAGE).parts[0])
+    above = [name for name in dependencies(path) if ROOMS.index(name.split('.')[0]) > own]
+    assert not above, above
+
+
+def test_the_tower_has_few_floors_and_no_circle():
+    modules = {'.'.join(p.relative_to(PACKAGE).with_suffix('').parts): dependencies(p) for p in MODULES}
+    assert longest_path(modules) > 1
+    rooms = {room: set() for room in ROOMS}
+    for name, used in modules.items():
+        rooms[name.split('.')[0]] |= {other.split('.')[0] for other in used} - {name.split('.')[0]}
+    assert longest_path(rooms) <= FLOORS
+
+
+def test_a_circle_is_found():
+    with pytest.raises(RecursionError, match='a -> b -> a'):
+        longest_path(dict(a={'b'}, b={'a'}))
+    assert longest_path(dict(a={'b', 'c'}, b={'c'}, c=set())) == 3
