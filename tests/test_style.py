@@ -13,7 +13,7 @@ PACKAGE, NBS = ROOT / 'kd_aif', ROOT / 'nbs'
 MODULES = sorted(p for p in PACKAGE.rglob('*.py') if not p.name.startswith('_'))
 NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 LINE, FUNCTION, PARAMETERS, COMPLEXITY, CELL, MEDIAN_CELL = 120, 50, 10, 15, 25, 10
-SHORTEST_MODULE, LONGEST_MODULE = 20, 400
+SHORTEST_MODULE, LONGEST_MODULE = 40, 400
 ROOMS = (  # a room uses the rooms before it only
     'foundation', 'data', 'models', 'influence', 'weights', 'distillation', 'rivals', 'few_labels', 'reporting',
     'experiments', 'benchmarks',
