@@ -152,6 +152,12 @@ def test_notebook_imports_stand_in_cells_of_their_own(notebook):
     )
 
 
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=names)
+def test_links_between_notebooks_lead_somewhere(notebook):
+    targets = [t for text in cells(notebook, 'markdown') for t in re.findall(r'\]\(([^)\s#]+\.ipynb)', text)]
+    assert [t for t in targets if '://' not in t and not (notebook.parent / t).exists()] == []
+
+
 def test_every_module_comes_from_a_notebook():
     exported = [
         m
