@@ -177,8 +177,12 @@ def dependencies(path):
     "Modules of this package that a module imports, such as 'influence.solvers'"
     here, found = path.relative_to(PACKAGE).with_suffix('').parts, set()
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-        if isinstance(node, ast.ImportFrom) and node.level:
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if node.level:
             found.add('.'.join([*here[: -node.level], *(node.module or '').split('.')]))
+        elif (node.module or '').startswith('kd_aif.'):
+            found.add(node.module.removeprefix('kd_aif.'))
     return found
 
 

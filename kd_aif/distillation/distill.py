@@ -30,23 +30,21 @@ from ..foundation.batches import model_device
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #19910407
 def plain_training(
-    session: Session,  # networks, samples and weights of the run
-    schedule: OneShot | Every | Online,  # when samples are scored
-    mechanism: str | None,  # None, 'student' or 'both'
+    session: Session,  # networks, samples, weights and settings of the run
 ) -> None:
     "The student trains; weights are one, given, or those of a callback"
     session.train_student()
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #4a243716
 def score_once(
-    session: Session,  # networks, samples and weights of the run
-    schedule: OneShot | Every | Online,  # when samples are scored
-    mechanism: str | None,  # None, 'student' or 'both'
+    session: Session,  # networks, samples, weights and settings of the run
 ) -> None:
     "The trained teacher scores; mechanism 'both' trains one again under the weights; the student distils"
+    schedule = session.config['schedule']
+    retrainings = schedule.generations if session.config['mechanism'] == 'both' else 0
     session.score(session.teacher, keep_views=True)
     session.check_class_weights()
-    for generation in range(schedule.generations if mechanism == 'both' else 0):
+    for generation in range(retrainings):
         if generation:
             session.score(session.teacher)
         if session.weights.sample.uniform if generation else session.nothing_to_learn_again:
@@ -59,30 +57,24 @@ def score_once(
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #a679513b
 def score_the_student(
-    session: Session,  # networks, samples and weights of the run
-    schedule: OneShot | Every | Online,  # when samples are scored
-    mechanism: str | None,  # None, 'student' or 'both'
+    session: Session,  # networks, samples, weights and settings of the run
 ) -> None:
     "The student trains under weights from its own scores"
-    session.train_student(BeforeEpochs(schedule.due, scored='student'))
+    session.train_student(BeforeEpochs(session.config['schedule'].due, scored='student'))
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #1d15ddcc
 def train_jointly(
-    session: Session,  # networks, samples and weights of the run
-    schedule: OneShot | Every | Online,  # when samples are scored
-    mechanism: str | None,  # None, 'student' or 'both'
+    session: Session,  # networks, samples, weights and settings of the run
 ) -> None:
     "Teacher and student are updated together, under weights from the teacher's scores"
-    session.train_student(BeforeEpochs(schedule.due, scored='teacher'), joint=True)
+    session.train_student(BeforeEpochs(session.config['schedule'].due, scored='teacher'), joint=True)
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #2e430064
 def train_teacher_first(
-    session: Session,  # networks, samples and weights of the run
-    schedule: OneShot | Every | Online,  # when samples are scored
-    mechanism: str | None,  # None, 'student' or 'both'
+    session: Session,  # networks, samples, weights and settings of the run
 ) -> None:
     "The teacher trains under its own scores, then the student under the last ones"
-    session.train_teacher(BeforeEpochs(schedule.due, scored='teacher'))
+    session.train_teacher(BeforeEpochs(session.config['schedule'].due, scored='teacher'))
     session.score(session.teacher)
     session.train_student()
 
@@ -90,7 +82,7 @@ def train_teacher_first(
 def procedure_of(
     mechanism: str | None,  # None, 'student' or 'both'
     schedule: OneShot | Every | Online,  # when samples are scored
-):  # procedure(session, schedule, mechanism)
+):  # procedure(session)
     "One of the five procedures"
     if mechanism is None:
         return plain_training
@@ -129,7 +121,7 @@ def distill(
     config = dict(mechanism=mechanism, schedule=schedule, weighting=weighting)
     config |= dict(objective=objective, training=training)
     session = open_session(student, teacher, train, val, test, config)
-    procedure_of(mechanism, schedule)(session, schedule, mechanism)
+    procedure_of(mechanism, schedule)(session)
     return session.result(test)
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #aaf04966
