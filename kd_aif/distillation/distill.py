@@ -20,6 +20,7 @@ from kd_aif.distillation.checks import (
     count_classes,
 )
 from .objective import Objective
+from .progress import check_resumable, describe_run, Progress
 from .result import Run
 from .run_weights import RunWeights
 from .schedules import Every, OneShot, Online
@@ -47,7 +48,7 @@ def score_once(
     for generation in range(retrainings):
         if generation:
             session.score(session.teacher)
-        if session.weights.sample.uniform if generation else session.nothing_to_learn_again:
+        if session.nothing_to_learn_again(generation):
             break
         previous = session.replace_teacher(schedule.make_teacher)
         if session.teacher is previous and schedule.make_teacher is not None:
@@ -117,7 +118,8 @@ def distill(
     training: Training = Training(),  # how networks are trained
 ) -> Run:  # metrics, weights, scores, seconds
     """Train a student under weights that say how much each training sample helps on held-out data (arXiv 2501.02705).
-    Raises `ValueError`/`TypeError` before any training for bad data, networks that do not fit and bad settings."""
+    Raises `ValueError`/`TypeError` before any training for bad data, networks that do not fit, bad settings and
+    a checkpoint of another run; `Stopped` where the checkpoint's `stop` asks for it."""
     config = dict(mechanism=mechanism, schedule=schedule, weighting=weighting)
     config |= dict(objective=objective, training=training)
     session = open_session(student, teacher, train, val, test, config)
@@ -154,4 +156,14 @@ def open_session(
     weights = RunWeights(weighting, data, objective, training, n_classes, max_fraction, model_device(student))
     if isinstance(config['schedule'], Online):
         weights.online()
-    return Session(student, teacher, data, weights, config)
+    return Session(student, teacher, data, weights, config, _progress(config, data, student, teacher))
+
+# %% ../../nbs/06_distillation/11_distill.ipynb #6f090024
+def _progress(config, data, student, teacher):
+    "How far the run has come"
+    checkpoint = config['training'].checkpoint
+    if checkpoint is None:
+        return Progress()
+    check_resumable(config)
+    networks = dict(student=student, teacher=teacher)
+    return Progress(checkpoint, describe_run(config, data, networks))

@@ -8,6 +8,7 @@ __all__ = ['Session', 'BeforeEpochs']
 # %% ../../nbs/06_distillation/10_session.ipynb #b72c2787
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from time import perf_counter
 
 import torch
 from fastcore.basics import patch
@@ -16,6 +17,7 @@ from torch import nn
 from ..data.training_set import TrainingSet
 from .checks import check_teacher, check_trainable
 from .objective import bootstrapping_loss, Objective
+from .progress import parts_with_state, Progress
 from .result import final_metrics, Run
 from .run_weights import RunWeights
 from .scoring import OnlineWeights
@@ -34,10 +36,12 @@ class Session:
         data: TrainingSet,  # what trains
         weights: RunWeights,  # of its samples
         config: dict,  # mechanism, schedule, weighting, objective, training
+        progress: Progress | None = None,  # how far the run has come; default at its beginning
     ):
         self.student, self.teacher, self.data, self.weights = student, teacher, data, weights
         self.config, self.objective, self.training = config, config['objective'], config['training']
         self.clock, self.history, self.views = Stopwatch(), [], None
+        self.progress, self.teacher_was_trained = progress or Progress(), False
 
 # %% ../../nbs/06_distillation/10_session.ipynb #928b743b
 @patch
@@ -47,6 +51,8 @@ def score(
     keep_views: bool = False,  # keep what was seen of all samples for the class weights
 ) -> None:
     "Score the training samples under a network, and update their weights"
+    if self.progress.waiting:
+        return
     teacher = self.teacher if model is self.student else None
     with self.clock('scoring'), torch.random.fork_rng():
         views = self.weights.refresh(model, teacher)
@@ -56,14 +62,23 @@ def score(
 @patch
 def check_class_weights(self: Session) -> None:
     "Drop the class weights unless the test says that the teacher needs more of some classes"
+    if self.progress.waiting:
+        return
     with self.clock('class_weighting'):
         self.weights.drop_class_weights_unless_needed(self.teacher, self.views)
 
 # %% ../../nbs/06_distillation/10_session.ipynb #30f4e409
-@patch(as_prop=True)
-def nothing_to_learn_again(self: Session) -> bool:
+@patch
+def nothing_to_learn_again(
+    self: Session,
+    generation: int,  # number of the teacher that would be trained, from 0; class weights count for the first one
+) -> bool:
     "All sample weights are one, and no class is short"
-    return self.weights.sample.uniform and self.weights.classes is None
+
+    def rests():
+        return self.weights.sample.uniform and (generation > 0 or self.weights.classes is None)
+
+    return self.progress.decide(rests)
 
 # %% ../../nbs/06_distillation/10_session.ipynb #507b5c4c
 @patch
@@ -96,11 +111,8 @@ class BeforeEpochs:
 
 # %% ../../nbs/06_distillation/10_session.ipynb #cb570256
 @patch
-def _train(self: Session, fit: Fit, phase: str, before: BeforeEpochs, learner: nn.Module, distilled: bool):
-    "One training under the weights; `learner` is the network whose class influence is followed"
-    if self.weights.classes is not None:
-        self.weights.table.set_class_weights(self.weights.classes.values)  # where the training before ended
-    self.weights.use(before.weights_from == 0)
+def _before_epoch(self: Session, before, learner, distilled):
+    "before_epoch(epoch) of one training"
 
     def before_epoch(epoch):
         if epoch == before.weights_from:
@@ -111,11 +123,78 @@ def _train(self: Session, fit: Fit, phase: str, before: BeforeEpochs, learner: n
             with self.clock('class_weighting'):
                 self.weights.update_classes(learner, distilled)
 
-    earlier = dict(self.clock.seconds)
-    with self.clock(phase):
-        self.history.extend(fit.run(phase, before_epoch))
-    for part in ('scoring', 'class_weighting'):
-        self.clock.seconds[phase] -= self.clock.seconds.get(part, 0.0) - earlier.get(part, 0.0)
+    return before_epoch
+
+# %% ../../nbs/06_distillation/10_session.ipynb #2b40d534
+@patch
+def _training_clock(self: Session, phase):
+    "tick() brings the seconds of this training up to date"
+    start, spent = perf_counter(), dict(self.clock.seconds)
+
+    def tick():
+        found = spent.get(phase, 0.0) + perf_counter() - start
+        for part in ('scoring', 'class_weighting'):
+            found -= self.clock.seconds.get(part, 0.0) - spent.get(part, 0.0)
+        self.clock.seconds[phase] = found
+
+    return tick
+
+# %% ../../nbs/06_distillation/10_session.ipynb #bc35514e
+@patch
+def _train(self: Session, fit: Fit, phase: str, before_epoch: Callable, others: dict, saved: dict | None):
+    "One training under the weights, from its beginning or from a saved state of its `Fit`"
+    if saved is not None:
+        fit.load_state_dict(saved)
+    tick = self._training_clock(phase)
+
+    def after_epoch(line):
+        epoch_seconds = -self.clock.seconds.get(phase, 0.0)
+        tick()
+        epoch_seconds += self.clock.seconds[phase]
+        self.progress.after_epoch(lambda: dict(fit=fit.state_dict()) | self._state(others), epoch_seconds)
+
+    fit.run(phase, before_epoch, after_epoch)
+    tick()
+    self.history.extend(fit.history)
+
+# %% ../../nbs/06_distillation/10_session.ipynb #d2ca4c2d
+@patch
+def _state(self: Session, networks: dict):
+    "The run without its present training; `networks` by name"
+    return dict(
+        networks={name: network.state_dict() for name, network in networks.items()},
+        weights=self.weights.state_dict(),
+        parts={name: part.state_dict() for name, part in parts_with_state(self.config).items()},
+        history=list(self.history),
+        seconds=dict(self.clock.seconds),
+    )
+
+# %% ../../nbs/06_distillation/10_session.ipynb #90d1943e
+@patch
+def _restore(self: Session, saved: dict, networks: dict, scored: nn.Module | None = None):
+    "Put a state back; `scored`: the network whose mini-batches are scored, where they are"
+    for name, network in networks.items():
+        network.load_state_dict(saved['networks'][name])
+        network.eval()  # as the end of its training left it
+    self.weights.load_state_dict(saved['weights'], scored)
+    for name, part in parts_with_state(self.config).items():
+        part.load_state_dict(saved['parts'][name])
+    self.history, self.clock.seconds = saved['history'], saved['seconds']
+
+# %% ../../nbs/06_distillation/10_session.ipynb #58a8f658
+@patch
+def _prepare(self: Session, before: BeforeEpochs, others: dict):
+    "Whether this training is done, and the state of its `Fit` where it goes on"
+    done, saved = self.progress.begin()
+    if done:
+        return True, None
+    if saved is not None:
+        self._restore(saved, others, self.teacher if before.scored == 'teacher' else self.student)
+        return False, saved['fit']
+    if self.weights.classes is not None:
+        self.weights.table.set_class_weights(self.weights.classes.values)
+    self.weights.use(before.weights_from == 0)
+    return False, None
 
 # %% ../../nbs/06_distillation/10_session.ipynb #08db89e7
 @patch
@@ -125,15 +204,28 @@ def train_teacher(
     soft_labels_of: nn.Module | None = None,  # the previous teacher, from the second generation on
 ) -> None:
     "Train the teacher under the weights"
+    others = {} if soft_labels_of is None else dict(previous_teacher=soft_labels_of)
+    self.teacher_was_trained = True
+    if soft_labels_of is not None:
+        before = replace(before, weights_from=self.training.epochs)  # never: the weights are in the loss
+    done, saved = self._prepare(before, others)
+    if done:
+        return
+    objective = self._label_objective(soft_labels_of)
+    fit = Fit(self.teacher, None, self.data, self.weights.make_weights, objective, self.training)
+    before_epoch = self._before_epoch(before, self.teacher, distilled=False)
+    self._train(fit, 'teacher', before_epoch, others, saved)
+
+# %% ../../nbs/06_distillation/10_session.ipynb #6ec25dac
+@patch
+def _label_objective(self: Session, soft_labels_of):
+    "The loss of the labels alone"
     loss = self.objective.label_loss
     if soft_labels_of is not None:
         probability = self._probability()
         forward = self.weights.forward
         loss = bootstrapping_loss(loss, probability, soft_labels_of, forward)
-        before = replace(before, weights_from=self.training.epochs)  # never: the weights are in the loss
-    objective = replace(self.objective, label_loss=loss, auxiliary=None)
-    fit = Fit(self.teacher, None, self.data, self.weights.make_weights, objective, self.training)
-    self._train(fit, 'teacher', before, self.teacher, distilled=False)
+    return replace(self.objective, label_loss=loss, auxiliary=None)
 
 # %% ../../nbs/06_distillation/10_session.ipynb #170282ae
 @patch
@@ -153,24 +245,48 @@ def train_student(
     joint: bool = False,  # the teacher learns along
 ) -> None:
     "Train the student under the weights"
-    distilled = self.teacher is not None and not joint
-    if distilled and self.weights.classes is not None:
+    others, teacher = self._trained_teacher(joint), self.teacher
+    distilled = teacher is not None and not joint
+    done, saved = self._prepare(before, others)
+    if done:
+        return
+    if distilled and saved is None and self.weights.classes is not None:
         with self.clock('class_weighting'):
-            self.weights.classes.add_teacher_logits(self.teacher, self.views)
+            self.weights.classes.add_teacher_logits(teacher, self.views)
     self.views = None  # large
-    teacher = self.teacher
-    fit = Fit(
-        self.student, teacher, self.data, self.weights.make_weights, self.objective, self.training, joint
-    )
-    self._train(fit, 'student', before, teacher if joint else self.student, distilled)
+    weights = self.weights.make_weights
+    fit = Fit(self.student, teacher, self.data, weights, self.objective, self.training, joint)
+    before_epoch = self._before_epoch(before, teacher if joint else self.student, distilled)
+    self._train(fit, 'student', before_epoch, others, saved)
 
 # %% ../../nbs/06_distillation/10_session.ipynb #1612ec76
+@patch
+def _trained_teacher(self: Session, joint):
+    "{'teacher': network} where it has been trained before"
+    others = dict(teacher=self.teacher) if self.teacher_was_trained else {}
+    self.teacher_was_trained = self.teacher_was_trained or joint
+    return others
+
+# %% ../../nbs/06_distillation/10_session.ipynb #28c3a4af
+@patch
+def _finish(self: Session):
+    "Write the result, or read it where it was there"
+    networks = dict(student=self.student)
+    if self.teacher_was_trained:
+        networks['teacher'] = self.teacher
+    if self.progress.waiting:
+        self._restore(self.progress.take(), networks, self.teacher)
+    else:
+        self.progress.write(lambda: self._state(networks), finished=True)
+
+# %% ../../nbs/06_distillation/10_session.ipynb #024d7f89
 @patch
 def result(
     self: Session,
     test,  # test batches or None
 ) -> Run:  # complete
     "Metrics of the final epoch, and everything else that is known"
+    self._finish()
     weights, sample = self.weights, self.weights.sample
     if isinstance(weights.make_weights, OnlineWeights):
         sample.all_weights = weights.table.values.cpu()
