@@ -124,6 +124,7 @@ def distill(
     config |= dict(objective=objective, training=training)
     session = open_session(student, teacher, train, val, test, config)
     procedure_of(mechanism, schedule)(session)
+    session.finish()
     return session.result(test)
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #aaf04966

@@ -269,11 +269,13 @@ def _trained_teacher(self: Session, joint):
 
 # %% ../../nbs/06_distillation/10_session.ipynb #28c3a4af
 @patch
-def _finish(self: Session):
-    "Write the result, or read it where it was there"
+def finish(self: Session) -> None:
+    "Write the result into the checkpoint, or read it where it was there"
     networks = dict(student=self.student)
     if self.teacher_was_trained:
         networks['teacher'] = self.teacher
+    if isinstance(self.weights.make_weights, OnlineWeights):
+        self.weights.sample.all_weights = self.weights.table.values.cpu()
     if self.progress.waiting:
         self._restore(self.progress.take(), networks, self.teacher)
     else:
@@ -286,10 +288,7 @@ def result(
     test,  # test batches or None
 ) -> Run:  # complete
     "Metrics of the final epoch, and everything else that is known"
-    self._finish()
     weights, sample = self.weights, self.weights.sample
-    if isinstance(weights.make_weights, OnlineWeights):
-        sample.all_weights = weights.table.values.cpu()
     networks, v = (self.student, self.teacher), weights.table.class_weights
     return Run(
         mechanism=self.config['mechanism'],

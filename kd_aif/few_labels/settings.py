@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 # %% ../../nbs/08_few_labels/04_settings.ipynb #70cbafb2
+from ..distillation.checkpoint import Checkpoint
 from .batches import SSLBatches
 from ..foundation.core import check_fraction, check_positive, check_whole
 from ..foundation.losses import batch_cross_entropy
@@ -71,12 +72,17 @@ class SSLTraining:
     autocast: torch.dtype | None = None  # precision of training, such as torch.bfloat16; None: the model's
     forward: Callable = default_forward  # forward(model, batch) -> logits (k, C)
     every: int | None = None  # steps between evaluations and checkpoints; None: a tenth of all
-    checkpoint: str | Path | None = None  # file to write to and, if it exists, to resume from
+    checkpoint: Checkpoint | str | Path | None = (
+        None  # file of the unfinished run; a path is written every time
+    )
     seed: int = 0  # of batches, views, random numbers of the algorithms, dropout
     progress: bool = True  # show a bar
 
     def __post_init__(self):
         _check_training(self)
+        given = self.checkpoint
+        if given is not None and not isinstance(given, Checkpoint):
+            object.__setattr__(self, 'checkpoint', Checkpoint(given, seconds=0))
 
 # %% ../../nbs/08_few_labels/04_settings.ipynb #c806ad2f
 @patch(as_prop=True)

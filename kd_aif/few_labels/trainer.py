@@ -9,8 +9,7 @@ __all__ = ['SSLRun', 'SSLLoop', 'train_ssl']
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from pickle import UnpicklingError
+from time import perf_counter
 
 import torch
 from fastcore.basics import patch
@@ -20,13 +19,14 @@ from tqdm.auto import tqdm
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #d5f1d4b1
 from ..data.images import content_hash, ImageData
 from ..data.loaders import ImageBatches
+from ..distillation.checkpoint import describe, read_checkpoint, Stopped, write_checkpoint
 from ..distillation.checks import count_classes
 from ..distillation.evaluation import evaluate
 from ..distillation.objective import autocast_forward
 from .algorithms import Algorithm, SSLStep, StepOutput
 from .batches import SSLBatches, UnlabelledImages, VIEWS
 from .settings import fine_tune, ssl_trainer, SSLTraining
-from ..foundation.core import atomic_path, bar_options, generator, Stopwatch
+from ..foundation.core import bar_options, generator, Stopwatch
 
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #4766ba60
 @dataclass(frozen=True, eq=False, repr=False)
@@ -145,6 +145,7 @@ class SSLLoop:
         n_classes = batches.labelled.n_classes
         self.state = algorithm.start(student, batches.unlabelled, n_classes, make_trainer)
         algorithm.attach_ema(self.state, self.ema_model)
+        self.written = self.block_start = perf_counter()
 
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #c772d042
 @patch
@@ -240,39 +241,30 @@ def save(
     self: SSLLoop,
     done: int,  # number of steps that are done
 ) -> None:  # nothing
-    "Write a checkpoint, whole or not at all; without a path nothing"
-    if self.training.checkpoint is None:
+    "Write a checkpoint if it is time, whole or not at all; raises `Stopped` where its `stop` says so"
+    checkpoint, now = self.training.checkpoint, perf_counter()
+    if checkpoint is None:
         return
-    parts = {k: p.state_dict() for k, p in _parts(self).items()}
-    with atomic_path(self.training.checkpoint) as temporary:
+    block_seconds, self.block_start = now - self.block_start, now
+    stop = checkpoint.stop is not None and done < self.training.steps and checkpoint.stop(block_seconds)
+    if stop or now - self.written >= checkpoint.seconds:
+        parts = {k: p.state_dict() for k, p in _parts(self).items()}
         progress = dict(step=done, history=self.history, seconds=self.watch.seconds)
-        torch.save(dict(config=self.config, parts=parts, **progress), temporary)
-
-# %% ../../nbs/08_few_labels/05_trainer.ipynb #8a57429b
-def _read(path, config, device):
-    "A checkpoint of the run with these settings"
-    try:
-        saved = torch.load(Path(path).expanduser(), map_location=device, weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError) as e:
-        raise ValueError(
-            f"checkpoint={str(path)!r} cannot be read ({str(e).splitlines()[0]}); delete it to begin anew"
-        ) from e
-    if other := [k for k in config if saved['config'].get(k) != config[k]]:
-        theirs, ours = (c.get(other[0]) for c in (saved['config'], config))
-        raise ValueError(
-            f"checkpoint={str(path)!r} is of a run with {other[0]}={theirs!r}, not {ours!r}; "
-            f"give the same settings, or another path"
-        )
-    return saved
+        write_checkpoint(checkpoint, describe(self.config), dict(parts=parts, **progress))
+        self.written = now
+    if stop:
+        raise Stopped(f"training stopped; its state is in {checkpoint.path}, call again to go on")
 
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #e34d80b6
 @patch
 def resume(self: SSLLoop) -> int:  # number of steps that are done
     "Read the checkpoint, if there is one; raises `ValueError` for one of another run"
-    path = self.training.checkpoint
-    if path is None or not Path(path).expanduser().exists():
+    if self.training.checkpoint is None:
         return 0
-    saved = _read(path, self.config, next(self.student.parameters()).device)
+    device = next(self.student.parameters()).device
+    saved = read_checkpoint(self.training.checkpoint, describe(self.config), device)
+    if saved is None:
+        return 0
     for k, part in _parts(self).items():
         part.load_state_dict(saved['parts'][k])
     self.history, self.watch.seconds = saved['history'], saved['seconds']

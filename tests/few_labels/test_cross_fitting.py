@@ -352,8 +352,8 @@ def test_a_run_is_a_function_of_its_seed_and_goes_on_from_a_checkpoint(split, tm
         return {}
 
     with pytest.raises(KeyboardInterrupt):
-        distil(split, measure=broken, checkpoint=tmp_path / 'a.pt')
-    resumed = distil(split, checkpoint=tmp_path / 'a.pt')
+        distil(split, measure=broken, checkpoint=tmp_path / 'a.safetensors')
+    resumed = distil(split, checkpoint=tmp_path / 'a.safetensors')
     assert (
         same(whole.student, resumed.student)
         and same(whole.ema_model, resumed.ema_model)
@@ -364,12 +364,12 @@ def test_a_run_is_a_function_of_its_seed_and_goes_on_from_a_checkpoint(split, tm
         assert str(p.schedule.state_dict()) == str(q.schedule.state_dict())
         assert torch.equal(p.average.n_averaged, q.average.n_averaged)
     with pytest.raises(ValueError, match='checkpoint'):
-        distil(split, teacher_fraction=0.5, checkpoint=tmp_path / 'a.pt')
+        distil(split, teacher_fraction=0.5, checkpoint=tmp_path / 'a.safetensors')
 
 
 def test_a_finished_run_still_knows_its_student(split, tmp_path):
     first, again = (
-        distil(split, checkpoint=tmp_path / 'a.pt') for _ in range(2)
+        distil(split, checkpoint=tmp_path / 'a.safetensors') for _ in range(2)
     )  # the second has nothing left to do
     x = first.state.images(split[1].x[:30])
     assert again.state.student[0] is again.ema_model and first.state.exponents[1] > 0

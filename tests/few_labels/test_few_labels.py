@@ -399,16 +399,16 @@ def resumes(make, split, path):
 
 
 def test_an_interrupted_run_ends_bit_by_bit_like_another(split, tmp_path):
-    resumes(lambda: FixMatch(0.3), split, tmp_path / 'deep' / 'run.pt')
+    resumes(lambda: FixMatch(0.3), split, tmp_path / 'deep' / 'run.safetensors')
 
 
 def test_a_finished_run_is_only_measured_again(split, tmp_path):
-    a = train(FixMatch(0.3), split, checkpoint=tmp_path / 'a.pt')
-    b = train(FixMatch(0.3), split, checkpoint=tmp_path / 'a.pt', weights=None)
+    a = train(FixMatch(0.3), split, checkpoint=tmp_path / 'a.safetensors')
+    b = train(FixMatch(0.3), split, checkpoint=tmp_path / 'a.safetensors', weights=None)
     assert (
         same(a.ema_model, b.ema_model)
         and a.history == b.history
-        and sorted(p.name for p in tmp_path.iterdir()) == ['a.pt']
+        and sorted(p.name for p in tmp_path.iterdir()) == ['a.safetensors']
     )
 
 
@@ -428,9 +428,9 @@ def test_weights_with_a_memory_are_part_of_the_checkpoint(split, tmp_path):
     a, c = Counting(), Counting()
     whole = train(FixMatch(0.3), split, weights=a)
     with pytest.raises(Stop):
-        train(FixMatch(0.3), split, weights=Counting(5), checkpoint=tmp_path / 'a.pt')
+        train(FixMatch(0.3), split, weights=Counting(5), checkpoint=tmp_path / 'a.safetensors')
     assert (
-        same(whole.student, train(FixMatch(0.3), split, weights=c, checkpoint=tmp_path / 'a.pt').student)
+        same(whole.student, train(FixMatch(0.3), split, weights=c, checkpoint=tmp_path / 'a.safetensors').student)
         and int(c.n) == 6
     )
 
@@ -449,15 +449,15 @@ def test_weights_with_a_memory_are_part_of_the_checkpoint(split, tmp_path):
     ],
 )
 def test_a_checkpoint_of_another_run(split, tmp_path, change, message):
-    train(FixMatch(0.3), split, checkpoint=tmp_path / 'a.pt')
+    train(FixMatch(0.3), split, checkpoint=tmp_path / 'a.safetensors')
     with pytest.raises(ValueError, match=message):
-        train(change.pop('algorithm', FixMatch(0.3)), split, checkpoint=tmp_path / 'a.pt', **change)
+        train(change.pop('algorithm', FixMatch(0.3)), split, checkpoint=tmp_path / 'a.safetensors', **change)
 
 
 def test_a_damaged_checkpoint(split, tmp_path):
-    (tmp_path / 'a.pt').write_bytes(b'not a checkpoint')
-    with pytest.raises(ValueError, match='cannot be read .*delete it to begin anew'):
-        train(FixMatch(), split, checkpoint=tmp_path / 'a.pt')
+    (tmp_path / 'a.safetensors').write_bytes(b'not a checkpoint')
+    with pytest.raises(ValueError, match='holds no complete state .*delete it to begin anew'):
+        train(FixMatch(), split, checkpoint=tmp_path / 'a.safetensors')
 
 
 # Settings
@@ -624,7 +624,7 @@ def test_one_loss_for_each_image(split, name):
 
 @pytest.mark.parametrize('name', [n for n in ALGORITHMS if n != 'supervised'])
 def test_a_run_with_any_algorithm_resumes_bit_by_bit(split, name, tmp_path):
-    resumes(lambda: make(name, split), split, tmp_path / 'run.pt')
+    resumes(lambda: make(name, split), split, tmp_path / 'run.safetensors')
 
 
 def test_only_the_ceiling_has_hidden_labels(split):
