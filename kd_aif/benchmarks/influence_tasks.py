@@ -24,7 +24,7 @@ from ..data.loaders import ImageBatches
 from ..data.sources import load_images
 from ..distillation.distill import distill
 from ..distillation.trainer import Training
-from ..experiments.teachers import code_fingerprint, TRAINING_CODE
+from ..experiments.storage import code_fingerprint, TRAINING_CODE
 from ..foundation.core import cache_dir
 from ..foundation.losses import batch_cross_entropy
 from ..models.build import build_model, load_model, save_model

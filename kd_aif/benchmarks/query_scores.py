@@ -19,7 +19,7 @@ from .influence_tasks import code_hash, RefitTask, settings_hash
 from .kronecker_libraries import kronfluence_scores
 from .rows import recorded_settings, ROWS
 from ..data.loaders import ImageBatches
-from ..experiments.teachers import TRAINING_CODE
+from ..experiments.storage import TRAINING_CODE
 from ..foundation.batches import sample_batches
 from ..foundation.core import atomic_path, cache_dir, evaluating
 from ..foundation.losses import batch_cross_entropy

@@ -20,6 +20,7 @@ from .variant_weights import evaluate_variant
 from .variants import CURVATURES, ESTIMATORS, REFERENCES, SCORE_NAMES, Variant, variant_name
 from ..experiments.task_data import describe_data, task_data
 from ..experiments.tasks import make_task
+from ..experiments.storage import Storage
 from ..experiments.teachers import trained_teacher
 from ..reporting.record_files import find_record, save_record
 from ..reporting.records import make_record
@@ -162,7 +163,7 @@ class _TaskRuns:
         "Train the teacher, once"
         if self.scorer is None:
             train, val, _ = self.sets
-            keep = self.options.teachers, self.options.progress
+            keep = Storage(self.options.teachers), self.options.progress
             teacher, self.seconds = trained_teacher(self.task, train, val, True, *keep)
             self.scorer = QualityScorer(teacher, train, val, seed=self.task.seed)
 

@@ -49,11 +49,12 @@ class Checkpoint:
 # %% ../../nbs/06_distillation/03b_checkpoint.ipynb #32cb5973
 def as_checkpoint(
     checkpoint,  # a path, a `Checkpoint`, or None
+    seconds: float = 60.0,  # of a path: least time between two states
 ) -> Checkpoint | None:  # None: nothing is kept
     "A `Checkpoint`; raises `TypeError` for anything else"
     if checkpoint is None or isinstance(checkpoint, Checkpoint):
         return checkpoint
-    return Checkpoint(checkpoint)
+    return Checkpoint(checkpoint, seconds)
 
 # %% ../../nbs/06_distillation/03b_checkpoint.ipynb #ee7bd454
 def network_hash(

@@ -19,6 +19,7 @@ from ..data.sources import DATASETS, load_images
 from .methods import run_task
 from .options import check_folder, command_parser, plain_errors, read_options
 from .ssl_runs import run_ssl_task
+from .storage import Storage
 from .ssl_tasks import make_ssl_task, SSLTask
 from .task_data import task_data
 from .tasks import make_task, Task
@@ -95,14 +96,14 @@ def _report_line(record, run, out):
 # %% ../../nbs/10_experiments/19_cli.ipynb #19-cli-017
 def _run_all(runs, changes, few_labels):
     "One record for each seed and method"
-    make, train, folders = make_task, run_task, {}
+    make, train, storage = make_task, run_task, Storage()
     if few_labels:
-        make, train, folders = make_ssl_task, run_ssl_task, dict(checkpoints=runs.checkpoints)
+        make, train, storage = make_ssl_task, run_ssl_task, Storage(checkpoints=runs.checkpoints)
     methods, records = _checked_methods(runs, runnable_methods(few_labels)), []
     for seed in range(runs.first_seed, runs.first_seed + runs.seeds):
         task = make(runs.dataset, runs.tier, seed=seed, **changes)
         for m in methods:
-            record, run = train(task, m, runs.experiment, runs.out, runs.force, runs.data, **folders)
+            record, run = train(task, m, runs.experiment, runs.out, runs.force, runs.data, storage)
             records.append(record)
             _report_line(record, run, runs.out)
     return records
@@ -163,7 +164,7 @@ def _quickstart_runs(out, seeds, epochs, teachers):
     for seed in range(seeds):
         for method, beta in [*((m, None) for m in QUICKSTART), ('kd_aif_student', 1.0)]:
             task = make_task('digits', noise='symmetric', rate=0.3, epochs=epochs, beta=beta, seed=seed)
-            folders = dict(out=out / 'results', force=True, teachers=teachers)
+            folders = dict(out=out / 'results', force=True, storage=Storage(teachers))
             record, run = run_task(task, method, 'quickstart', **folders)
             records.append(record)
             print(record_line(record), flush=True)

@@ -20,6 +20,7 @@ from ..distillation.distill import distill
 from ..distillation.objective import autocast_forward, Objective
 from ..distillation.result import Run
 from ..distillation.weighting import Fixed
+from .storage import Storage
 from .tasks import Task
 from .teachers import new_model, task_batches, task_training, trained_teacher
 from ..foundation.core import Stopwatch
@@ -35,22 +36,24 @@ class Context:
         train: ImageData,  # its training set
         val: ImageData,  # its validation set
         test: ImageData,  # its test set
-        teachers=None,  # folder of the trained teachers; default a folder in `cache_dir()`
+        storage: Storage = Storage(),  # where teachers and unfinished trainings are kept
         progress: bool = True,  # show bars
+        name: str = 'run',  # how the files of unfinished trainings begin
     ):
-        self.task, self.train, self.val, self.teachers = task, train, val, teachers
+        self.task, self.train, self.val, self.storage, self.name = task, train, val, storage, name
         self.t, self.v = task_batches(task, train), task_batches(task, val)
         self.test = ImageBatches(test, 500, shuffle=False)
         self.training, self.objective = task_training(task, progress), Objective(T=task.T, alpha=task.alpha)
         self.forward = autocast_forward(default_forward, self.training.autocast)
-        self.clock, self.found = Stopwatch(), {}
+        self.clock, self.found, self.trainings = Stopwatch(), {}, 0
         for role in ('teacher', 'student'):
             self.model(role)  # an unknown name is found before anything is trained
 
-    @property
-    def both(self) -> MixedBatches:  # marked by 'held_out'
-        "Training and validation samples, mixed"
-        return MixedBatches(self.t, self.v, self.task.seed)
+# %% ../../nbs/10_experiments/04_context.ipynb #52eee2e1
+@patch(as_prop=True)
+def both(self: Context) -> MixedBatches:  # marked by 'held_out'
+    "Training and validation samples, mixed"
+    return MixedBatches(self.t, self.v, self.task.seed)
 
 # %% ../../nbs/10_experiments/04_context.ipynb #04-context-007
 @patch(as_prop=True)
@@ -100,19 +103,31 @@ def shared_teacher(
 ) -> tuple:  # the trained teacher, and the seconds its training took
     "The teacher that methods share"
     progress = self.training.progress
-    return trained_teacher(self.task, self.train, self.val, with_val, self.teachers, progress)
+    return trained_teacher(self.task, self.train, self.val, with_val, self.storage, progress)
 
 # %% ../../nbs/10_experiments/04_context.ipynb #04-context-021
+@patch
+def _next_training(self: Context):
+    "The settings of the next training of this run, with a checkpoint of its own"
+    number, self.trainings = self.trainings, self.trainings + 1
+    checkpoint = self.storage.checkpoint(f'{self.name}-{number}')
+    return replace(self.training, checkpoint=checkpoint)
+
+# %% ../../nbs/10_experiments/04_context.ipynb #a62e5b57
 @patch
 def fit(
     self: Context,
     model: nn.Module,  # trained in place
     batches,  # training batches
+    phase: str | None = None,  # of the context's clock, to which its seconds are added
     **options,  # of `distill`
 ) -> Run:  # without test metrics
     "Train a network on labels alone"
-    options = dict(objective=self.objective, training=self.training) | options
-    return distill(model, None, batches, self.v, **options)
+    options = dict(objective=self.objective, training=self._next_training()) | options
+    run = distill(model, None, batches, self.v, **options)
+    if phase is not None:
+        self.clock.seconds[phase] = self.clock.seconds.get(phase, 0.0) + sum(run.seconds.values())
+    return run
 
 # %% ../../nbs/10_experiments/04_context.ipynb #04-context-023
 @patch
@@ -125,7 +140,7 @@ def distil(
 ) -> Run:  # with test metrics
     "Train the student of the task, by its own objective unless another one is given"
     student = self.model('student') if student is None else student
-    options = dict(objective=self.objective, training=self.training, test=self.test) | options
+    options = dict(objective=self.objective, training=self._next_training(), test=self.test) | options
     return distill(student, teacher, batches, self.v, **options)
 
 # %% ../../nbs/10_experiments/04_context.ipynb #04-context-025

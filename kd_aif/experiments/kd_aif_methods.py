@@ -103,8 +103,7 @@ def student_and_both(
 # %% ../../nbs/10_experiments/07_kd_aif_methods.ipynb #07-kd-aif-methods-019
 def _second_sample_weights(c):
     weights = c.once(sample_weights)
-    with c.clock('preparation'):
-        teacher = c.fit(c.model('teacher'), c.t, **c.fixed(weights)).student
+    teacher = c.fit(c.model('teacher'), c.t, 'preparation', **c.fixed(weights)).student
     return sample_weights(c, teacher)
 
 # %% ../../nbs/10_experiments/07_kd_aif_methods.ipynb #07-kd-aif-methods-021

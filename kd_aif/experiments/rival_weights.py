@@ -85,10 +85,9 @@ def _probabilities(c):
     "(n, C) of two networks that have seen the other half, and the validation samples"
 
     def fit(batches):
-        return c.fit(c.model('teacher'), MixedBatches(batches, c.v, c.task.seed)).student
+        return c.fit(c.model('teacher'), MixedBatches(batches, c.v, c.task.seed), 'preparation').student
 
-    with c.clock('preparation'):
-        return out_of_fold_probabilities(fit, c.t, seed=c.task.seed).cpu()
+    return out_of_fold_probabilities(fit, c.t, seed=c.task.seed).cpu()
 
 # %% ../../nbs/10_experiments/08_rival_weights.ipynb #08-rival-weights-024
 def _confident_learning(c):

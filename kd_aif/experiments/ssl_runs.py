@@ -7,7 +7,6 @@ __all__ = ['confidence_diagnostics', 'plain_settings', 'describe_ssl_data', 'ssl
 
 # %% ../../nbs/10_experiments/15_ssl_runs.ipynb #15-ssl-runs-002
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from ..data.loaders import ImageBatches
 from ..distillation.evaluation import evaluate
 from .ssl_methods import Recipe, ssl_training, SSLContext
 from .ssl_tasks import ssl_task_data, SSLTask
-from .teachers import code_fingerprint
+from .storage import run_name, Storage
 from ..few_labels.algorithms import FixMatch, PseudoLabel, UDA
 from ..few_labels.cross_fitted_teachers import Teachers
 from ..few_labels.pseudo_labels import calibration_error, label_quality, PseudoLabelMeter
@@ -122,19 +121,13 @@ _CODE = (
 )  # decides what a run computes
 
 # %% ../../nbs/10_experiments/15_ssl_runs.ipynb #15-ssl-runs-021
-def _run_name(record):
-    return f'{record.method}-s{record.seed}-{record.key}'
+def _ssl_folder():
+    return cache_dir() / 'ssl'
 
-# %% ../../nbs/10_experiments/15_ssl_runs.ipynb #15-ssl-runs-023
-def _checkpoint(record, folder):
+
+def _ssl_checkpoint(storage, planned):
     "Where the state of an unfinished run is kept"
-    return Path(folder or cache_dir() / 'ssl') / f'{_run_name(record)}-{code_fingerprint(*_CODE)}.pt'
-
-# %% ../../nbs/10_experiments/15_ssl_runs.ipynb #15-ssl-runs-025
-def _remove_checkpoints(record, path):
-    "Also those that an older version of the code has left"
-    for left in path.parent.glob(f'{_run_name(record)}-*.pt'):
-        left.unlink()
+    return storage.checkpoint(f'{run_name(planned)}-{storage.code(*_CODE)}', _ssl_folder())
 
 # %% ../../nbs/10_experiments/15_ssl_runs.ipynb #15-ssl-runs-027
 def _meter(c, algorithm):
@@ -203,7 +196,7 @@ def run_ssl_task(
     out=None,  # folder of the records; None writes none
     force: bool = False,  # run also when there is a record of this run
     root=None,  # data folder
-    checkpoints=None,  # folder of unfinished runs; default a folder in `cache_dir()`
+    storage: Storage = Storage(),  # where unfinished runs are kept; default a folder in `cache_dir()`
     progress: bool = True,  # show bars
 ) -> tuple:  # the `Record`, and the `SSLRun` (None when the record was already there)
     "Train one method on one task and record it; raises `ValueError` for an unknown method"
@@ -214,10 +207,9 @@ def run_ssl_task(
     planned = make_record(**fields, metrics={})
     if out is not None and not force and (known := find_record(out, planned)):
         return known, None
-    path = _checkpoint(planned, checkpoints)
-    run, metrics = _trained(c, recipe, test, path, progress)
+    run, metrics = _trained(c, recipe, test, _ssl_checkpoint(storage, planned), progress)
     record = make_record(**fields, metrics=metrics, seconds=run.seconds, history=run.history)
     if out is not None:
         save_record(record, out)
-    _remove_checkpoints(planned, path)
+    storage.remove(run_name(planned), _ssl_folder())
     return record, run

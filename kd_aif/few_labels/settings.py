@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 # %% ../../nbs/08_few_labels/04_settings.ipynb #70cbafb2
-from ..distillation.checkpoint import Checkpoint
+from ..distillation.checkpoint import as_checkpoint, Checkpoint
 from .batches import SSLBatches
 from ..foundation.core import check_fraction, check_positive, check_whole
 from ..foundation.losses import batch_cross_entropy
@@ -46,7 +46,8 @@ def ssl_sgd(
 
 # %% ../../nbs/08_few_labels/04_settings.ipynb #8c31388e
 def _check_training(training):
-    "Numbers in their range"
+    "Numbers in their range; a path becomes a `Checkpoint`"
+    object.__setattr__(training, 'checkpoint', as_checkpoint(training.checkpoint, seconds=0))
     check_whole('steps', training.steps, 1)
     check_whole('finetune', training.finetune, 0)
     if training.every is not None:
@@ -80,9 +81,6 @@ class SSLTraining:
 
     def __post_init__(self):
         _check_training(self)
-        given = self.checkpoint
-        if given is not None and not isinstance(given, Checkpoint):
-            object.__setattr__(self, 'checkpoint', Checkpoint(given, seconds=0))
 
 # %% ../../nbs/08_few_labels/04_settings.ipynb #c806ad2f
 @patch(as_prop=True)

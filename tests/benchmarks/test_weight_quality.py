@@ -30,6 +30,7 @@ from kd_aif.benchmarks.weight_quality import (
 )
 from kd_aif.experiments.task_data import task_data
 from kd_aif.experiments.tasks import make_task
+from kd_aif.experiments.storage import Storage
 from kd_aif.experiments.teachers import trained_teacher
 from kd_aif.foundation.losses import batch_cross_entropy
 from kd_aif.influence.cross_scores import cross_scores, CrossScores, Scoring
@@ -45,7 +46,7 @@ def teachers(tmp_path_factory):
 def scorer(teachers):
     task = make_task('digits', noise='symmetric', rate=0.4, epochs=3)
     train, val, _ = task_data(task, progress=False)
-    return QualityScorer(trained_teacher(task, train, val, teachers=teachers, progress=False)[0], train, val)
+    return QualityScorer(trained_teacher(task, train, val, storage=Storage(teachers), progress=False)[0], train, val)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_curvature_of_both_treats_both_alike(layers, teachers):
     task = make_task('digits', epochs=3)
     train, val, _ = task_data(task, progress=False)
     scorer = QualityScorer(
-        trained_teacher(task, train, val, teachers=teachers, progress=False)[0], train, val
+        trained_teacher(task, train, val, storage=Storage(teachers), progress=False)[0], train, val
     )
     share = {
         c: evaluate_variant(scorer, Variant('local', layers, n_val=300, curvature=c))['clean_fraction']

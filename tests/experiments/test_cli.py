@@ -9,6 +9,7 @@ from kd_aif.experiments.cli import QUICKSTART
 from kd_aif.experiments.options import command_parser, field_comments, read_options
 from kd_aif.experiments.ssl_tasks import SSLTask
 from kd_aif.experiments.tasks import Task
+from kd_aif.foundation.state_files import load_state
 from kd_aif.reporting.record_files import load_records
 
 
@@ -347,7 +348,7 @@ def test_runs_with_few_labels_are_recorded_once(console, tmp_path):
             and f"right pseudo-labels {r.metrics['pseudo_accuracy']:.3f}" in out
             and str(r.path('results')) in out
         )
-    assert 'minus supervised' in out and not list((tmp_path / 'cache').rglob('*.pt'))
+    assert 'minus supervised' in out and not list((tmp_path / 'cache').rglob('*.safetensors'))
     code, out, err = console(
         'kd_aif_run_ssl',
         *few,
@@ -413,7 +414,7 @@ def test_a_killed_run_with_few_labels_goes_on_from_its_checkpoint(tmp_path, cons
     child.start()
     try:
         for _ in range(1200):
-            if any(Path('states').glob('fixmatch*.pt')):
+            if any(Path('states').glob('fixmatch*.safetensors')):
                 break  # whole: what is still being written has another name
             assert child.is_alive(), 'ended by itself'
             time.sleep(0.05)
@@ -421,7 +422,7 @@ def test_a_killed_run_with_few_labels_goes_on_from_its_checkpoint(tmp_path, cons
     finally:
         child.kill()
         child.join()
-    step = torch.load(next(Path('states').glob('fixmatch*.pt')), weights_only=True)['step']
+    step = load_state(next(Path('states').glob('fixmatch*.safetensors')))['state']['step']
     assert 0 < step < 600 and not Path('results').exists(), 'no record before the end'
     args = 'kd_aif_run_ssl', '--method', 'fixmatch', '--seeds', 1, '--steps', 600, '--every', 10
     assert (
@@ -467,7 +468,7 @@ def test_mistakes_with_few_labels_end_with_one_line_and_no_file(mistake, console
     assert (
         'written' not in out
         and (not Path('results').exists() or files('results') == [])
-        and not list((tmp_path / 'cache').rglob('*.pt'))
+        and not list((tmp_path / 'cache').rglob('*.safetensors'))
     )
 
 

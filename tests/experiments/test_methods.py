@@ -6,6 +6,7 @@ from kd_aif.data.label_noise import symmetric_noise
 from kd_aif.reporting.methods import METHODS, method, runnable_methods
 from kd_aif.reporting.record_files import load_records
 from kd_aif.experiments.context import Context
+from kd_aif.experiments.storage import Storage
 from kd_aif.experiments.given_weights import sample_weights
 from kd_aif.experiments.methods import run_task
 from kd_aif.experiments.oracles import half_known_weights
@@ -25,7 +26,7 @@ def teachers(tmp_path_factory):
 
 def run(method, teachers, out=None, **changes):
     return run_task(
-        make_task('digits', **SHORT | changes), method, 'test', out, teachers=teachers, progress=False
+        make_task('digits', **SHORT | changes), method, 'test', out, storage=Storage(teachers), progress=False
     )
 
 
@@ -98,7 +99,7 @@ def test_the_oracle_gives_wrong_labels_nothing_and_random_weights_the_same_histo
     c = Context(
         make_task('digits', **SHORT),
         *task_data(make_task('digits', **SHORT), progress=False),
-        teachers,
+        Storage(teachers),
         False,
     )
     wrong, every = c.train.is_noisy.cpu(), torch.cat([oracle.weights, oracle.val_weights])
@@ -134,7 +135,7 @@ def test_the_oracle_gives_wrong_labels_nothing_and_random_weights_the_same_histo
 
 def test_class_weights_of_rivals_have_mean_one_over_everything_that_trains(teachers):
     task = make_task('digits', imbalance=10.0, epochs=5)
-    c = Context(task, *task_data(task, progress=False), teachers, False)
+    c = Context(task, *task_data(task, progress=False), Storage(teachers), False)
     v = counted_class_weights(c, inverse_frequency)
     assert torch.isclose((v * c.counts).sum() / c.counts.sum(), torch.tensor(1.0)) and torch.allclose(
         v * c.counts, (v * c.counts)[0]

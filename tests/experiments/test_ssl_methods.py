@@ -291,7 +291,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(cpu, method, 
 
 def test_what_older_code_has_begun_is_not_continued_but_removed(cpu, tmp_path):
     whole, _ = run('fixmatch')
-    old = tmp_path / 'cache' / 'ssl' / f'fixmatch-s0-{whole.key}-0123456789abcdef.pt'
+    old = tmp_path / 'cache' / 'ssl' / f'fixmatch-s0-{whole.key}-0123456789abcdef.safetensors'
     old.parent.mkdir(parents=True, exist_ok=True)
     old.write_bytes(b'of another version')
     record, _ = run('fixmatch')
