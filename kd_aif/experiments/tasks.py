@@ -24,7 +24,7 @@ class DataSettings:
     n_train: int | None = None  # images taken from the training split, validation included; None takes all
     n_val: int  # of these, held out for validation
     noise: str = 'none'  # label noise of the training set: none, symmetric, asymmetric, instance or human
-    rate: float | str = 0.0  # rate of the noise, 0 to 1; of human labels a name, see `HUMAN_LABELS`
+    rate: float | str = 0.0  # of the noise, 0 to 1; for human aggregate, random1, random2, random3 or worst
     imbalance: float = 1.0  # size of the largest class over that of the smallest, from 1
     val_rate: float = 0.0  # rate of symmetric noise in the validation set
     val_shift: float = 0.0  # fraction of the validation images with shifted pixels
