@@ -34,6 +34,7 @@ def check_settings(
 ) -> None:
     "Settings fit together; raises `TypeError` or `ValueError`"
     _check_groups(objective, training)
+    _check_memory(objective, mechanism)
     if mechanism not in MECHANISMS:
         raise ValueError(f"mechanism is {mechanism!r}; use None, 'student' or 'both'")
     if not isinstance(schedule, (OneShot, Every, Online)):
@@ -54,6 +55,16 @@ def _check_groups(objective, training):
         raise ValueError(
             "cache_teacher is True, but the auxiliary loss looks at feature maps, which are not kept; "
             "leave one of them out"
+        )
+
+# %% ../../nbs/06_distillation/08_checks.ipynb #6e3bbbe0
+def _check_memory(objective, mechanism):
+    "A label loss with a memory trains one network"
+    if mechanism == 'both' and hasattr(objective.label_loss, 'after_step'):
+        kind = type(objective.label_loss).__name__
+        raise ValueError(
+            f"label_loss is {kind}, which remembers the outputs of one network, but mechanism='both' trains two; "
+            f"train teacher and student one after the other, each with its own {kind}"
         )
 
 # %% ../../nbs/06_distillation/08_checks.ipynb #e6af29d5

@@ -6,6 +6,7 @@
 __all__ = ['default_outputs', 'AuxiliaryLoss', 'Objective', 'bootstrapping_loss', 'autocast_forward']
 
 # %% ../../nbs/06_distillation/02_objective.ipynb #8df97856
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,9 +36,12 @@ class AuxiliaryLoss:
     loss: Callable  # loss(student_outputs, teacher_outputs, batch) -> (b,); teacher_outputs None without a teacher
     weight: float = 1.0  # what it is multiplied with, above 0
     outputs: Callable = default_outputs  # outputs(model, batch) -> list of tensors, the logits last
+    base_weight: float = 1.0  # what the loss of labels and teacher beside it is multiplied with, 0 or more
 
     def __post_init__(self):
         check_positive('weight', self.weight)
+        if not 0 <= self.base_weight < math.inf:
+            raise ValueError(f"base_weight is {self.base_weight!r}; give a finite number of 0 or more")
 
 # %% ../../nbs/06_distillation/02_objective.ipynb #df2a4a4e
 @dataclass(frozen=True, eq=False)
@@ -72,7 +76,8 @@ def batch_loss(
 
     def loss(outputs, batch):
         first = own(outputs[-1], batch)  # before the auxiliary loss: gradients are summed in this order
-        return first + self.auxiliary.weight * self.auxiliary.loss(outputs, teacher_outputs, batch)
+        second = self.auxiliary.loss(outputs, teacher_outputs, batch)
+        return self.auxiliary.base_weight * first + self.auxiliary.weight * second
 
     return loss
 

@@ -296,7 +296,10 @@ def train_batch(
         self.teacher.eval()
         with torch.no_grad():
             teacher_outputs = self.ask(self.teacher, batch)
-    return self.trainer.step(batch, self.objective.batch_loss(teacher_outputs), epoch)
+    logits, losses = self.trainer.step(batch, self.objective.batch_loss(teacher_outputs), epoch)
+    if hasattr(self.objective.label_loss, 'after_step'):
+        self.objective.label_loss.after_step(logits, batch)
+    return logits, losses
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #4374ecf5
 @patch
@@ -314,8 +317,9 @@ def train_epoch(
         total = total + losses.sum()
         right = right + (logits.argmax(1) == batch['y']).sum()
         n += len(logits)
-    if hasattr(self.weights, 'check'):
-        self.weights.check()
+    for part in (self.weights, self.objective.label_loss):
+        if hasattr(part, 'check'):
+            part.check()
     line = dict(epoch=number, phase=phase, loss=float(total) / n, accuracy=float(right) / n)
     if not math.isfinite(line['loss']):
         lr = self.training.lr

@@ -17,7 +17,13 @@ from .controls import DISTILLED
 from ..foundation.core import evaluating
 from ..reporting.methods import Method, register
 from ..rivals.online_teachers import bdkd_loss, TeacherAdapter
-from ..rivals.published_losses import FeatureLoss, LOSS_WEIGHTS, make_feature_loss, pretrain
+from kd_aif.rivals.published_losses import (
+    BASE_WEIGHTS,
+    FeatureLoss,
+    LOSS_WEIGHTS,
+    make_feature_loss,
+    pretrain,
+)
 
 # %% ../../nbs/10_experiments/10_loss_methods.ipynb #10-loss-methods-005
 def _bdkd(c, examples):
@@ -51,12 +57,13 @@ def train_with_loss(
     weight: float,  # β, unless the task gives another one
     with_val: bool = True,  # the validation samples train too
     weighted: bool = False,  # under KD-AIF's weights
+    base_weight: float = 1.0,  # of cross-entropy
 ) -> tuple:  # the `Run`, and seconds by phase
     "Cross-entropy plus a published loss, under the shared teacher"
     teacher, spent = c.shared_teacher(with_val)
     student, batches = c.model('student'), c.both if with_val else c.t
     loss = _prepared_loss(c, make, student, teacher, batches)
-    auxiliary = AuxiliaryLoss(loss, c.task.extra_weight or weight)
+    auxiliary = AuxiliaryLoss(loss, c.task.extra_weight or weight, base_weight=base_weight)
     options = c.with_objective(alpha=0.0, auxiliary=auxiliary)
     if weighted:
         weighting = Influence(pooled_reference=c.task.pooled_reference)
@@ -73,7 +80,8 @@ def loss_methods(
 ) -> tuple:  # three methods
     "A published loss in its three forms"
     settings = (*DISTILLED, 'extra_weight')
-    run = partial(train_with_loss, make=make, weight=LOSS_WEIGHTS.get(name, 1.0))
+    weights = dict(weight=LOSS_WEIGHTS.get(name, 1.0), base_weight=BASE_WEIGHTS.get(name, 1.0))
+    run = partial(train_with_loss, make=make, **weights)
     train_only, weighted = partial(run, with_val=False), partial(run, weighted=True)
     form = dict(family=family, base=name)
     used = dict(settings=(*settings, 'pooled_reference'), calibrated=True, mechanism='student')
@@ -84,7 +92,16 @@ def loss_methods(
     )
 
 # %% ../../nbs/10_experiments/10_loss_methods.ipynb #10-loss-methods-017
-_LOGITS = {'dkd': 'DKD', 'dist': 'DIST', 'skd': 'SphericalKD', 'bdkd': 'BD-KD', 'pesf': 'PESF-KD'}
+_LOGITS = {
+    'dkd': 'DKD',
+    'dist': 'DIST',
+    'skd': 'SphericalKD',
+    'lskd': 'KD, logit standardisation',
+    'bdkd': 'BD-KD',
+    'pesf': 'PESF-KD',
+}
+
+# %% ../../nbs/10_experiments/10_loss_methods.ipynb #b6fcf0b5
 _FEATURES = {
     'fitnet': 'FitNet',
     'at': 'AT',

@@ -24,6 +24,7 @@ from ..reporting.methods import Method, register
 
 # %% ../../nbs/10_experiments/08_rival_weights.ipynb #08-rival-weights-003
 from ..rivals.confident_learning import confident_learning, out_of_fold_probabilities
+from ..rivals.early_learning import EarlyLearning
 from kd_aif.rivals.fixed_weights import (
     effective_number_weights,
     inverse_frequency,
@@ -133,6 +134,11 @@ def _with_loss(c, loss):
 def _generalised_cross_entropy(c):
     return _with_loss(c, GeneralizedCrossEntropy())
 
+# %% ../../nbs/10_experiments/08_rival_weights.ipynb #4dcb4b1c
+def _early_learning(c):
+    samples = torch.cat([c.train.index, c.val.index])
+    return _with_loss(c, EarlyLearning(samples, c.n_classes))
+
 # %% ../../nbs/10_experiments/08_rival_weights.ipynb #08-rival-weights-042
 def _logit_adjustment(c):
     return _with_loss(c, LogitAdjusted(c.counts))
@@ -179,6 +185,7 @@ _register_rivals('weights', _RIVAL_WEIGHTS, mechanism='both')
 # %% ../../nbs/10_experiments/08_rival_weights.ipynb #08-rival-weights-052
 _LABEL_LOSSES = dict(
     gce=('generalised cross-entropy', _generalised_cross_entropy),
+    elr=('early-learning regularisation', _early_learning),
     logit_adjusted=('logit adjustment', _logit_adjustment),
 )
 _register_rivals('loss', _LABEL_LOSSES)

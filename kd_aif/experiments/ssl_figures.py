@@ -54,7 +54,8 @@ def line_style(
     if m.family == 'kd_aif':
         return dict(color='black', ls='-.' if m.base else '-', lw=2)
     others = [o.name for o in METHODS.values() if o.family == 'few_labels']
-    return dict(color=_PALETTE[others.index(name) % len(_PALETTE)], ls='-', lw=1.4)
+    again, color = divmod(others.index(name), len(_PALETTE))
+    return dict(color=_PALETTE[color], ls='--' if again else '-', lw=1.4)  # dashed the second time
 
 # %% ../../nbs/10_experiments/16_ssl_figures.ipynb #16-ssl-figures-016
 CURVES = dict(

@@ -117,7 +117,10 @@ register(
 )
 for name, label in _LABELS.items():
     register(Method(name, label, 'few_labels', run=partial(_published, name=name), **_ALONE))
+
+# %% ../../nbs/10_experiments/13_ssl_methods.ipynb #61faaa1d
 register(
     Method('mpl', 'Meta Pseudo Labels', 'few_labels', run=_meta_pseudo_labels, **_FEW),
+    Method('freematch', 'FreeMatch', 'few_labels', run=partial(_published, name='freematch'), **_ALONE),
     Method('kd_aif_ssl', 'KD-AIF, semi-supervised', 'kd_aif', run=_cross_fitted, **_FEW),
 )

@@ -97,6 +97,7 @@ PUBLISHED = {
     'VAT + entropy minimisation': 'vat',
     'ICT': 'ict',
     'FixMatch (RandAugment)': 'fixmatch',
+    'FreeMatch': 'freematch',
     'Meta Pseudo Labels (with finetune)': 'mpl',
     'Meta Pseudo Labels (re-implementation)': 'mpl',
 }  # name in the table of published figures -> method

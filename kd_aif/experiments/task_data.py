@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from ..data.human_labels import human_noise
 from ..data.images import hold_out, ImageData, subset
 from ..data.label_noise import asymmetric_noise, corrupt, instance_noise, long_tail, symmetric_noise
 from ..data.loaders import ImageBatches
@@ -37,12 +38,14 @@ def instance_noise_probabilities(
         return torch.cat([net(b['x']).softmax(1) for b in batches.eval_view()])
 
 # %% ../../nbs/10_experiments/02_task_data.ipynb #02-task-data-007
-def _disturbed(task, train):
+def _disturbed(task, train, root):
     "The training set with imbalance and noise"
     if task.imbalance > 1:
         train = long_tail(train, task.imbalance, task.seed)
     if task.noise == 'instance':
         return instance_noise(train, task.rate, instance_noise_probabilities(task, train), task.seed)
+    if task.noise == 'human':
+        return human_noise(train, task.rate, root)
     if task.noise == 'none':
         return train
     disturb = dict(symmetric=symmetric_noise, asymmetric=asymmetric_noise)[task.noise]
@@ -61,7 +64,7 @@ def task_data(
     if task.n_train is not None:
         data = subset(data, task.n_train, task.seed)
     train, val = hold_out(data, task.n_val, task.seed)
-    train = _disturbed(task, train)
+    train = _disturbed(task, train, root)
     if task.val_rate:
         val = symmetric_noise(val, task.val_rate, task.seed + 1)
     if task.val_shift:
@@ -78,7 +81,9 @@ def describe_data(
     "Name, fingerprint, rows and disturbance of a task's data"
     noise = dict(kind=task.noise)
     if task.noise != 'none':
-        noise |= dict(rate=task.rate, seed=task.seed)
+        noise |= dict(rate=task.rate)
+    if task.noise not in ('none', 'human'):
+        noise |= dict(seed=task.seed)
     described = dict(
         name=task.dataset,
         fingerprint=train.fingerprint,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..data.human_labels import HUMAN_LABELS
 from ..foundation.core import check_fraction, check_positive
 from ..influence.cross_scores import SCORES
 
@@ -22,8 +23,8 @@ class DataSettings:
 
     n_train: int | None = None  # images taken from the training split, validation included; None takes all
     n_val: int  # of these, held out for validation
-    noise: str = 'none'  # label noise of the training set: none, symmetric, asymmetric or instance
-    rate: float = 0.0  # rate of the noise, 0 to 1
+    noise: str = 'none'  # label noise of the training set: none, symmetric, asymmetric, instance or human
+    rate: float | str = 0.0  # of the noise, 0 to 1; for human aggregate, random1, random2, random3 or worst
     imbalance: float = 1.0  # size of the largest class over that of the smallest, from 1
     val_rate: float = 0.0  # rate of symmetric noise in the validation set
     val_shift: float = 0.0  # fraction of the validation images with shifted pixels
@@ -97,7 +98,7 @@ def choose_task(
     return dataclasses.replace(table[dataset, tier], **{k: v for k, v in changes.items() if v is not None})
 
 # %% ../../nbs/10_experiments/01_tasks.ipynb #01-tasks-018
-NOISES = ('none', 'symmetric', 'asymmetric', 'instance')
+NOISES = ('none', 'symmetric', 'asymmetric', 'instance', 'human')
 PRECISIONS = dict(float32=None, bfloat16=torch.bfloat16)
 
 # %% ../../nbs/10_experiments/01_tasks.ipynb #01-tasks-020
@@ -118,7 +119,6 @@ def _check_numbers(task):
     check_positive('extra_weight', 1.0 if task.extra_weight is None else task.extra_weight)
     check_positive('lr', task.lr)
     check_fraction('alpha', task.alpha)
-    check_fraction('rate', task.rate)
 
 # %% ../../nbs/10_experiments/01_tasks.ipynb #01-tasks-024
 def _check_weights(task):
@@ -133,6 +133,29 @@ def _check_weights(task):
         raise ValueError(f"score is {given!r}; with beta={task.beta!r} use one of {known}")
 
 # %% ../../nbs/10_experiments/01_tasks.ipynb #01-tasks-026
+def _check_noise(task):
+    "Kind and rate belong together"
+    if task.noise == 'human':
+        if task.dataset != 'cifar10':
+            raise ValueError(f"noise is 'human' for {task.dataset}; people labelled cifar10 alone")
+        if task.rate not in HUMAN_LABELS:
+            raise ValueError(
+                f"rate is {task.rate!r}; with noise='human' use one of {', '.join(HUMAN_LABELS)}"
+            )
+        return
+    if isinstance(task.rate, str):
+        raise ValueError(
+            f"rate is {task.rate!r} with noise {task.noise!r}; "
+            f"give a number from 0 to 1 (a name only with noise='human')"
+        )
+    check_fraction('rate', task.rate)
+    if (task.noise == 'none') != (task.rate == 0):
+        raise ValueError(
+            f"noise is {task.noise!r} with rate {task.rate}; "
+            f"give both, such as noise='symmetric' and rate=0.4, or neither"
+        )
+
+# %% ../../nbs/10_experiments/01_tasks.ipynb #d04a34d3
 def _check_data(task):
     "Epochs, class sizes and noise"
     if task.epochs < 1:
@@ -142,11 +165,7 @@ def _check_data(task):
             f"imbalance is {task.imbalance}; "
             f"give the size of the largest class over that of the smallest, 1 or more"
         )
-    if (task.noise == 'none') != (task.rate == 0):
-        raise ValueError(
-            f"noise is {task.noise!r} with rate {task.rate}; "
-            f"give both, such as noise='symmetric' and rate=0.4, or neither"
-        )
+    _check_noise(task)
 
 # %% ../../nbs/10_experiments/01_tasks.ipynb #01-tasks-028
 def make_task(

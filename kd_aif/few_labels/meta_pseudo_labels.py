@@ -175,6 +175,7 @@ def feedback_scores(
 from .algorithms import FixMatch, PseudoLabel, Supervised, SupervisedAll, UDA
 from .consistency import ICT, MeanTeacher, TemporalEnsembling, VAT
 from .learned_labels import LGA
+from .self_adaptive import FreeMatch
 
 # %% ../../nbs/08_few_labels/08_meta_pseudo_labels.ipynb #e45847ab
 _PUBLISHED = (
@@ -187,6 +188,7 @@ _PUBLISHED = (
     ICT,
     UDA,
     FixMatch,
+    FreeMatch,
     LGA,
     MetaPseudoLabels,
 )

@@ -41,12 +41,14 @@ def counted(
 
 # %% ../../nbs/09_reporting/03_labels.ipynb #c98dfe40
 def noise_label(
-    kind: str,  # 'none', 'symmetric', 'asymmetric' or 'instance'
-    rate: float = 0.0,  # fraction of samples whose label was drawn anew
+    kind: str,  # 'none', 'symmetric', 'asymmetric', 'instance' or 'human'
+    rate: float | str = 0.0,  # fraction of samples whose label was drawn anew; of human labels their name
 ) -> str:  # such as 'symmetric label noise, 40 %'
     "Kind and rate of label noise in words."
     if kind == 'none' or not rate:
         return 'labels as given'
+    if kind == 'human':
+        return f'human labels ({rate})'
     words = {'instance': 'instance-dependent'}
     return f'{words.get(kind, kind)} label noise, {percent(rate)}'
 
@@ -85,10 +87,15 @@ def _images(kind):
     "Words for a number of images of that kind."
     return lambda v: f'all {kind} images' if v is None else f'{v:,} {kind} images'
 
+# %% ../../nbs/09_reporting/03_labels.ipynb #669b808b
+def _noise(v):
+    "Kind of label noise in words."
+    return {'none': 'labels as given', 'human': 'human labels'}.get(v, f'{v} label noise')
+
 # %% ../../nbs/09_reporting/03_labels.ipynb #f8d50818
 DATA_SETTINGS = {
-    'noise': lambda v: 'labels as given' if v == 'none' else f'{v} label noise',
-    'rate': lambda v: f'noise rate {percent(v)}',
+    'noise': _noise,
+    'rate': lambda v: f'the set {v}' if isinstance(v, str) else f'noise rate {percent(v)}',
     'imbalance': lambda v: 'balanced classes' if v == 1 else f'imbalance ratio {_value(v)}',
     'val_rate': lambda v: f'validation labels {percent(v)} wrong' if v else 'validation labels right',
     'val_shift': lambda v: f'validation images {percent(v)} shifted' if v else 'validation images unshifted',

@@ -158,7 +158,7 @@ class Setting:
     tier: str  # 'smoke', 'lite' or 'full'
     dataset: str  # name of the data set
     noise: str = 'none'  # kind of label noise
-    rate: float = 0.0  # fraction of samples that the noise touches
+    rate: float | str = 0.0  # fraction of samples that the noise touches; of human labels their name
     imbalance: float = 1.0  # largest class over smallest class in the training set
     note: str = ''  # remark of the data set, e.g. that it is partial
 
@@ -178,7 +178,8 @@ def setting_of(
     data, noise = record.dataset, record.dataset.get('noise') or {}
     if isinstance(noise, str):
         noise = {'kind': noise}
-    kind, rate = str(noise.get('kind') or 'none'), float(noise.get('rate') or 0.0)
+    kind, rate = str(noise.get('kind') or 'none'), noise.get('rate') or 0.0
+    rate = str(rate) if kind == 'human' else float(rate)
     if kind == 'none' or rate == 0:
         kind, rate = 'none', 0.0
     imbalance, note = float(data.get('imbalance') or 1.0), data.get('note') or ''

@@ -1,9 +1,13 @@
 "The console scripts: records that are written once and whole, reports that need no network, and mistakes that end with one line and no file."
 
 import json, multiprocessing, os, re, runpy, shutil, signal, subprocess, sys, time
+from io import BytesIO
 from pathlib import Path
 
+import pandas as pd
 import pytest, torch
+from PIL import Image
+from kd_aif.data.human_labels import HUMAN_LABELS
 from kd_aif.experiments import cli
 from kd_aif.experiments.cli import QUICKSTART
 from kd_aif.experiments.options import command_parser, field_comments, read_options
@@ -119,6 +123,39 @@ def test_script_writes_a_record_and_the_next_call_finds_it(tmp_path, console):
     assert all(a.time > b.time for a, b in zip(again, records))
 
 
+def images_with_human_labels(folder):
+    "200 grey images in the layout of CIFAR-10, each fourth of which people took for the next class"
+    folder.mkdir(parents=True)
+    for split in ('train', 'test'):
+        images, y = [], [i % 10 for i in range(200)]
+        for c in y:
+            file = BytesIO()
+            Image.new('RGB', (8, 8), (25 * c,) * 3).save(file, 'PNG')
+            images.append(dict(bytes=file.getvalue(), path=None))
+        pd.DataFrame(dict(img=images, label=y)).to_parquet(folder / f'{split}-00000-of-00001.parquet')
+    by_people = [(c + 1) % 10 if i % 4 == 0 else c for i, c in enumerate(y)]
+    columns = dict.fromkeys(HUMAN_LABELS, by_people) | dict(clean_label=y)
+    pd.DataFrame(columns).to_parquet(folder / 'human-labels.parquet')
+
+
+def test_human_labels_from_the_command_line(tmp_path, console):
+    images_with_human_labels(tmp_path / 'data' / 'cifar10')
+    small = '--n_train', 150, '--n_val', 50, '--epochs', 1, '--teacher', 'mlp8', '--student', 'mlp8'
+    common = '--dataset', 'cifar10', '--method', 'ce', '--seeds', 1, '--data', tmp_path / 'data'
+    noise = '--noise', 'human', '--rate', 'worst'
+    code, out, err = console('kd_aif_run', *common, *small, *noise, '--out', 'results')
+    assert code == 0, err
+    assert 'human labels (worst)' in out
+    (r,) = load_records('results')
+    assert r.dataset['noise'] == dict(kind='human', rate='worst') and r.config['rate'] == 'worst'
+    assert r.metrics['true_clean_fraction'] == pytest.approx(0.75, abs=0.08)
+    code, out, err = console('kd_aif_run', *common, *small, *noise, '--out', 'results')
+    assert code == 0 and 'already there' in out
+    (tmp_path / 'data' / 'cifar10' / 'human-labels.parquet').unlink()
+    code, out, err = console('kd_aif_run', *common, *small, *noise, '--out', 'more')
+    assert code == 2 and 'cifar-10-100n' in err and not Path('more').exists()
+
+
 def test_each_setting_has_its_record(console):
     for change in ((), ('--epochs', 2), ('--student', 'mlp8'), ('--first_seed', 3), ('--imbalance', 2)):
         code, out, err = console('kd_aif_run', *short, '--method', 'ce', *change)
@@ -210,6 +247,8 @@ MISTAKES = {
     'noise alone': (('--noise', 'symmetric'), 'give both'),
     'rate alone': (('--rate', 0.2), 'give both'),
     'rate': (('--noise', 'symmetric', '--rate', 2), 'rate is 2'),
+    'rate by name': (('--noise', 'symmetric', '--rate', 'worst'), 'give a number from 0 to 1'),
+    'human labels of digits': (('--noise', 'human', '--rate', 'worst'), 'people labelled cifar10 alone'),
     'imbalance': (('--imbalance', 0.5), 'imbalance is 0.5'),
     'seeds': (('--seeds', 0), 'seeds is 0'),
     'epochs': (('--epochs', 0), 'epochs is 0'),

@@ -13,7 +13,9 @@ from kd_aif.experiments.oracles import half_known_weights
 from kd_aif.experiments.rival_weights import counted_class_weights
 from kd_aif.experiments.task_data import describe_data, instance_noise_probabilities, task_data
 from kd_aif.experiments.tasks import make_task
+from kd_aif.foundation.losses import batch_cross_entropy
 from kd_aif.rivals.fixed_weights import inverse_frequency
+from kd_aif.rivals.logit_losses import standardised_kd_loss
 
 SHORT = dict(noise='symmetric', rate=0.3, epochs=5)
 cleanlab = pytest.mark.skipif(importlib.util.find_spec('cleanlab') is None, reason='cleanlab is an extra')
@@ -30,7 +32,9 @@ def run(method, teachers, out=None, **changes):
     )
 
 
-FORMS = 'sp_train', 'crd_aif', 'dkd_aif', 'dist_aif', 'bdkd_aif', 'pesf_aif'  # of published losses
+FORMS = (  # of published losses
+    *('sp_train', 'crd_aif', 'dkd_aif', 'dist_aif', 'lskd_train', 'lskd_aif', 'bdkd_aif', 'pesf_aif'),
+)
 SHOWN = [
     m.name
     for m in runnable_methods().values()
@@ -169,6 +173,24 @@ def test_disturbed_validation_sets_touch_nothing_else():
     )
     described = describe_data(make_task('digits', val_shift=1.0), *shifted)
     assert described['val_shift'] == 1.0 and 'val_rate' not in described
+
+
+def test_standardised_distillation_has_its_published_weights(teachers, monkeypatch):
+    "0.1 CE + 9 τ² KL at τ = 2, unless the task says otherwise for the second"
+    seen = []
+    monkeypatch.setattr(Context, 'distil', lambda self, *args, **options: seen.append(options) or 1 / 0)
+    ours, theirs = (torch.randn(4, 10, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    maps, batch = [*[torch.zeros(4, 1, 2, 2)] * 2, torch.zeros(4, 3)], dict(y=torch.arange(4))
+    for changes, weight in (dict(), 9.0), (dict(extra_weight=3.0), 3.0):
+        for name in ('lskd', 'lskd_train', 'lskd_aif'):
+            with pytest.raises(ZeroDivisionError):
+                run(name, teachers, epochs=1, **changes)
+            auxiliary = seen[-1]['objective'].auxiliary
+            auxiliary.loss.positions = [3]
+            found = seen[-1]['objective'].batch_loss([*maps, theirs])([*maps, ours], batch)
+            wanted = 0.1 * batch_cross_entropy(ours, batch) + weight * standardised_kd_loss(ours, theirs, 2.0)
+            assert torch.allclose(found, wanted, atol=1e-6)
+        assert seen[-1].get('mechanism') == 'student' and seen[-2].get('mechanism') is None
 
 
 def test_precision_is_part_of_the_identity(teachers, tmp_path):

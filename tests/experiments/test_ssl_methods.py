@@ -14,6 +14,7 @@ from kd_aif.few_labels.pseudo_labels import PseudoLabelMeter, label_quality
 from kd_aif.experiments.ssl_figures import (
     accuracy_cost_figure,
     confidence_figure,
+    line_style,
     pseudo_label_curves,
     ssl_figures,
     ssl_title,
@@ -87,6 +88,11 @@ def test_every_method_runs_and_is_recorded(method, tmp_path):
         'it knows its own record'
     )
     assert kept(tmp_path / 'cache') == [], 'no checkpoint is left'
+
+
+def test_every_method_has_its_own_line():
+    styles = [tuple(line_style(m).items()) for m in METHODS if METHODS[m].family == 'few_labels']
+    assert len(set(styles)) == len(styles) > 9, 'more methods than colours'
 
 
 def test_all_algorithms_are_methods():

@@ -36,6 +36,7 @@ from kd_aif.few_labels.meta_pseudo_labels import (
     labelled_losses,
 )
 from kd_aif.few_labels.pseudo_labels import PseudoLabelMeter
+from kd_aif.few_labels.self_adaptive import FreeMatch, SelfAdaptiveThresholds, fairness_loss
 from kd_aif.few_labels.settings import SSLTraining, moving_average, ssl_trainer
 from kd_aif.few_labels.trainer import train_ssl
 from kd_aif.data.images import hold_out, subset
@@ -601,6 +602,7 @@ def test_names_of_records():
         'ict',
         'uda',
         'fixmatch',
+        'freematch',
         'lga',
         'mpl',
     ]
@@ -615,7 +617,9 @@ def test_one_loss_for_each_image(split, name):
     assert output.supervised.shape == (10,) and torch.isfinite(output.total())
     if name == 'supervised':
         return
-    assert output.unsupervised.shape == (20,) and (output.unsupervised >= -1e-6).all()
+    assert output.unsupervised.shape == (20,)
+    least = -algorithm.fairness * 20 if name == 'freematch' else -1e-6  # minus a cross-entropy
+    assert (output.unsupervised >= least).all()
     for o in (output.mask, output.labels):
         assert o is None or o.shape == (20,)
     twice = output.total(torch.full((20,), 2.0)) - output.total(torch.ones(20))
@@ -674,6 +678,10 @@ def test_bf16_and_other_networks(split, name):
         (lambda: UDA(T=0.0), 'T is 0.0'),
         (lambda: UDA(tsa='log10'), "tsa is 'log10'; use None or one of linear, exp, log"),
         (lambda: LGA(rate=-1.0), 'rate is -1.0'),
+        (lambda: FreeMatch(decay=1.5), 'decay is 1.5'),
+        (lambda: FreeMatch(fairness=-1.0), 'fairness is -1.0'),
+        (lambda: FreeMatch(weight=-1.0), 'weight is -1.0'),
+        (lambda: SelfAdaptiveThresholds(1), 'n_classes is 1'),
         (lambda: MeanTeacher(weight=-1.0), 'weight is -1.0'),
         (lambda: MetaPseudoLabels('soft'), "labels is 'soft'; use 'argmax' or 'sample'"),
         (lambda: MetaPseudoLabels(uda=-1), 'uda is -1'),
@@ -887,3 +895,90 @@ def test_a_teacher_of_another_kind(split):
         measure=lambda model, forward: dict(width=float(model[0].out_channels)),
     )
     assert run.history[-1]['width'] == 16.0 and run.student[0].out_channels == 8
+
+
+# Thresholds that adapt themselves
+
+
+def test_thresholds_after_two_batches_by_hand():
+    "λ = 0.9 and three classes, all averages from 1/3"
+    state = SelfAdaptiveThresholds(3)
+    assert state.thresholds().tolist() == pytest.approx([1 / 3] * 3)
+    state.update(torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.1, 0.4]]), 0.9)
+    tau = 0.9 / 3 + 0.1 * 0.55
+    p = [0.3 + 0.055, 0.3 + 0.02, 0.3 + 0.025]
+    assert float(state.confidence) == pytest.approx(tau)
+    assert state.thresholds().tolist() == pytest.approx([v / p[0] * tau for v in p])
+    assert state.histogram.tolist() == pytest.approx([0.4, 0.3, 0.3])
+    state.update(torch.tensor([[0.1, 0.8, 0.1], [0.2, 0.1, 0.7], [0.0, 0.1, 0.9]]), 0.9)
+    tau = 0.9 * tau + 0.1 * 0.8
+    p = [0.9 * v + 0.1 * m for v, m in zip(p, (0.1, 1 / 3, 1.7 / 3))]
+    assert float(state.confidence) == pytest.approx(tau)
+    assert state.thresholds().tolist() == pytest.approx([v / max(p) * tau for v in p])
+    assert state.histogram.tolist() == pytest.approx([0.36, 0.27 + 0.1 / 3, 0.27 + 0.2 / 3])
+
+
+def freematch_step(weak, strong, state):
+    "A step in which images are logits"
+    images = [torch.as_tensor(v, dtype=torch.float32).log()[:, :, None, None] for v in (weak, strong)]
+    rows = torch.arange(len(weak))
+    unlabelled = dict(x=images[0], strong=images[1].requires_grad_(), index=rows, position=rows)
+    labelled = dict(x=images[0][:1], y=torch.tensor([0]), index=rows[:1])
+    net = nn.Flatten()
+    return SSLStep(net, net, labelled, unlabelled, 0, 10, 0.1, default_forward, state)
+
+
+def test_a_step_of_freematch_by_hand():
+    "Thresholds move before they are used: (0.675, 0.6107) after the second batch, λ = ½"
+    state = SelfAdaptiveThresholds(2)
+    algorithm = FreeMatch(decay=0.5, weight=2.0, fairness=0.1)
+    algorithm(freematch_step([[0.9, 0.1], [0.6, 0.4]], [[0.5, 0.5]] * 2, state))
+    step = freematch_step([[0.2, 0.8], [0.65, 0.35]], [[0.3, 0.7], [0.9, 0.1]], state)
+    output = algorithm(step)
+    assert output.mask.tolist() == [True, False] and output.labels.tolist() == [1, 0]
+    fair = 0.0  # one class is found: b = 1 there, and log 1 = 0
+    wanted = [-2 * math.log(0.7) + 0.1 * fair, 0.1 * fair]
+    assert output.unsupervised.tolist() == pytest.approx(wanted, abs=1e-6) and output.weight == 1.0
+
+
+def test_fairness_by_hand():
+    state = SelfAdaptiveThresholds(3)
+    state.probability.copy_(torch.tensor([0.5, 0.3, 0.2]))
+    state.histogram.copy_(torch.tensor([0.6, 0.4, 0.0]))
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.6, 0.1], [0.5, 0.4, 0.1], [0.0, 0.1, 0.9]])
+    mask = torch.tensor([True, True, True, False])
+    found = fairness_loss((p + 1e-12).log(), mask, state)
+    a = torch.tensor([0.5 / 0.6, 0.3 / 0.4])  # the third class is never found
+    b = torch.tensor([1.5 / 2, 1.2 / 1])  # the first class is found twice, the second once
+    assert torch.allclose(found, (a / a.sum() * (b / b.sum()).log()).sum(), atol=1e-6)
+
+
+@quick
+@given(seeds, st.integers(0, 12))
+def test_fairness_is_finite_and_learns_from_images_that_count_alone(seed, n):
+    g = torch.Generator().manual_seed(seed)
+    z, mask = (10 * torch.randn(12, 5, generator=g)).requires_grad_(), torch.arange(12) < n
+    state = SelfAdaptiveThresholds(5)
+    state.update(torch.randn(12, 5, generator=g).softmax(1), 0.5)
+    loss = fairness_loss(z, mask, state)
+    loss.backward()
+    assert torch.isfinite(loss) and loss <= 1e-6 and torch.isfinite(z.grad).all()
+    assert not z.grad[n:].any() and (n > 0 or float(loss.detach()) == 0)
+
+
+def test_with_decay_one_freematch_counts_all_and_fixmatch_at_1_c_does_too(split):
+    "Thresholds that never move stay at 1/C"
+    a = FreeMatch(decay=1.0, fairness=0.0)
+    step = step_of(split, a, network())
+    output, other = a(step), FixMatch(0.1)(step)
+    assert output.mask.all() and torch.equal(output.unsupervised, other.unsupervised)
+    assert torch.equal(output.labels, other.labels)
+
+
+def test_state_of_freematch_is_in_the_checkpoint(split, tmp_path):
+    run = train(FreeMatch(0.9), split, checkpoint=tmp_path / 'a.pt')
+    saved = torch.load(tmp_path / 'a.pt', weights_only=True)['parts']['state']
+    assert sorted(saved) == ['confidence', 'histogram', 'probability']
+    assert all(torch.equal(saved[k], v) for k, v in run.state.state_dict().items())
+    assert float(run.state.confidence) != pytest.approx(0.1)
+    assert float(run.state.histogram.sum()) == pytest.approx(1) == float(run.state.probability.sum())

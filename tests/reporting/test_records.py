@@ -513,6 +513,20 @@ def test_the_seed_of_the_noise_does_not_split_a_setting():
     assert setting_of(record(noise=dict(kind='symmetric', rate=0.0, seed=1))) == setting_of(record())
 
 
+def test_human_labels_are_named_where_others_have_a_rate():
+    rs = [record(noise=dict(kind='human', rate=n)) for n in ('worst', 'aggregate')] + [record()]
+    settings = list(group_records(rs))
+    assert [(s.noise, s.rate) for s in settings] == [
+        ('human', 'aggregate'),
+        ('human', 'worst'),
+        ('none', 0.0),
+    ]
+    assert 'digits, human labels (worst)' in settings[1].title
+    assert 'human labels (worst)' in summary_table(rs[:1])._repr_markdown_()
+    with pytest.raises(ValueError, match='records mix'):
+        summary_table(rs[:2])
+
+
 def test_forms_of_one_method_are_never_pooled():
     rs = [
         record('kd', s, 0.5, config=dict(epochs=e, solver=dict(name='cg'))) for s in range(2) for e in (1, 5)

@@ -20,14 +20,17 @@ from feature_cases import (
 from kd_aif.foundation.losses import kd_loss
 from kd_aif.rivals.feature_losses import at_loss, cc_loss, nst_loss, pkt_loss, rkd_loss, sp_loss
 from kd_aif.rivals.inputs import same_size
-from kd_aif.rivals.logit_losses import dist_loss, dkd_loss, spherical_kd_loss
+from kd_aif.rivals.logit_losses import dist_loss, dkd_loss, spherical_kd_loss, standardised_kd_loss
 
 quick = hypothesis_settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 10**6)
 
 
 LOGIT_LOSSES = dict(
-    dkd=lambda s, t, **k: dkd_loss(s, t, labels(), **k), dist=dist_loss, skd=spherical_kd_loss
+    dkd=lambda s, t, **k: dkd_loss(s, t, labels(), **k),
+    dist=dist_loss,
+    skd=spherical_kd_loss,
+    lskd=standardised_kd_loss,
 )
 VECTOR_LOSSES = dict(sp=sp_loss, cc=cc_loss, pkt=pkt_loss, rkd=rkd_loss)
 MAP_LOSSES = dict(at=at_loss, nst=nst_loss, sp=sp_loss)
@@ -255,3 +258,31 @@ def test_a_pair_weighs_the_mean_of_its_samples():
     assert float((w * rkd_loss(s, t, 1.0, 0.0)).mean()) == pytest.approx(
         float((pairs * F.smooth_l1_loss(distances(s), distances(t), reduction='none')).mean()), rel=1e-5
     )
+
+
+@quick
+@given(seeds, st.floats(0.5, 8))
+def test_standardised_logits_have_neither_shift_nor_scale(seed, T):
+    s, t = random(B, C, seed=seed), random(B, C, seed=seed + 1)
+    shift, scale = 10 * random(B, 1, seed=seed + 2), random(B, 1, seed=seed + 3).exp()
+    expected = standardised_kd_loss(s, t, T)
+    assert torch.allclose(standardised_kd_loss(scale * s + shift, t, T), expected, atol=1e-9)
+    assert torch.allclose(standardised_kd_loss(s, scale * t + shift, T), expected, atol=1e-9)
+    assert (standardised_kd_loss(-s, t, T) - expected).abs().max() > 1e-4, 'the order counts'
+    z = [(v - v.mean(1, keepdim=True)) / v.std(1, correction=0, keepdim=True) for v in (s, t)]
+    assert torch.allclose(expected, kd_loss(*z, T, 'none'), atol=1e-9)
+
+
+def test_standardised_logits_of_two_classes_by_hand():
+    "z-scores ±1; at τ = 2: p₁ − p₂ = tanh ½, log p₁/p₂ = 1, times τ² = 4"
+    found = standardised_kd_loss(
+        torch.tensor([[3.0, 1.0], [7.0, 0.0]]), torch.tensor([[-5.0, 5.0], [1.0, 0.0]])
+    )
+    assert found.tolist() == pytest.approx([4 * math.tanh(0.5), 0.0], abs=1e-6)
+
+
+def test_equal_logits_have_no_z_score_and_a_finite_gradient():
+    z = torch.zeros(2, 4, requires_grad=True)
+    loss = standardised_kd_loss(z, torch.eye(2, 4))
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(z.grad).all()
