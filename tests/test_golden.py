@@ -15,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from golden.cases import CASES
+from kd_aif.experiments.storage import TRAINING_VERSION
 
 FILE = Path(__file__).parent / 'golden' / 'golden.json'
 
@@ -77,10 +78,21 @@ def test_every_case_is_kept():
     assert set(json.loads(FILE.read_text())['cases']) == set(CASES)
 
 
-if __name__ == '__main__':
-    cases = {}
+def write_anew():
+    "Compute every case; numbers that moved on the same machine need a new `TRAINING_VERSION`"
+    kept, cases = json.loads(FILE.read_text()), {}
     for name in CASES:
         cases[name] = computed(name)
         print(name, cases[name]['metrics'].get('test_accuracy'), flush=True)
+    moved = [name for name, case in kept['cases'].items() if name in cases and case != cases[name]]
+    if moved and kept['machine'] == machine() and kept['training_version'] == TRAINING_VERSION:
+        sys.exit(
+            f"{', '.join(moved)} moved: raise TRAINING_VERSION in experiments.storage, so that nothing old goes on"
+        )
     body = ',\n'.join(f'{json.dumps(name)}: {json.dumps(case)}' for name, case in cases.items())
-    FILE.write_text('{"machine": ' + json.dumps(machine()) + ',\n"cases": {\n' + body + '\n}}\n')
+    head = f'"machine": {json.dumps(machine())},\n"training_version": {json.dumps(TRAINING_VERSION)}'
+    FILE.write_text('{' + head + ',\n"cases": {\n' + body + '\n}}\n')
+
+
+if __name__ == '__main__':
+    write_anew()

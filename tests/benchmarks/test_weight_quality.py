@@ -46,7 +46,9 @@ def teachers(tmp_path_factory):
 def scorer(teachers):
     task = make_task('digits', noise='symmetric', rate=0.4, epochs=3)
     train, val, _ = task_data(task, progress=False)
-    return QualityScorer(trained_teacher(task, train, val, storage=Storage(teachers), progress=False)[0], train, val)
+    return QualityScorer(
+        trained_teacher(task, train, val, storage=Storage(teachers), progress=False)[0], train, val
+    )
 
 
 @pytest.mark.parametrize(

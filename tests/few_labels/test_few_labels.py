@@ -43,6 +43,7 @@ from kd_aif.data.images import hold_out, subset
 from kd_aif.data.label_noise import long_tail
 from kd_aif.data.loaders import ImageBatches
 from kd_aif.data.sources import load_images
+from kd_aif.foundation.state_files import load_state
 from kd_aif.foundation.losses import batch_cross_entropy
 from kd_aif.models.build import build_model
 from kd_aif.models.features import default_forward
@@ -431,7 +432,10 @@ def test_weights_with_a_memory_are_part_of_the_checkpoint(split, tmp_path):
     with pytest.raises(Stop):
         train(FixMatch(0.3), split, weights=Counting(5), checkpoint=tmp_path / 'a.safetensors')
     assert (
-        same(whole.student, train(FixMatch(0.3), split, weights=c, checkpoint=tmp_path / 'a.safetensors').student)
+        same(
+            whole.student,
+            train(FixMatch(0.3), split, weights=c, checkpoint=tmp_path / 'a.safetensors').student,
+        )
         and int(c.n) == 6
     )
 
@@ -976,8 +980,8 @@ def test_with_decay_one_freematch_counts_all_and_fixmatch_at_1_c_does_too(split)
 
 
 def test_state_of_freematch_is_in_the_checkpoint(split, tmp_path):
-    run = train(FreeMatch(0.9), split, checkpoint=tmp_path / 'a.pt')
-    saved = torch.load(tmp_path / 'a.pt', weights_only=True)['parts']['state']
+    run = train(FreeMatch(0.9), split, checkpoint=tmp_path / 'a.safetensors')
+    saved = load_state(tmp_path / 'a.safetensors')['state']['parts']['state']
     assert sorted(saved) == ['confidence', 'histogram', 'probability']
     assert all(torch.equal(saved[k], v) for k, v in run.state.state_dict().items())
     assert float(run.state.confidence) != pytest.approx(0.1)

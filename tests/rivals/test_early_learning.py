@@ -10,6 +10,7 @@ from flat_settings import distill
 
 from kd_aif.distillation.schedules import Every
 from kd_aif.distillation.weighting import Influence, Published, Reweighting
+from kd_aif.experiments.storage import Storage
 from kd_aif.experiments import rival_weights
 from kd_aif.experiments.methods import run_task
 from kd_aif.experiments.tasks import make_task
@@ -156,7 +157,7 @@ def test_teacher_and_student_have_a_memory_each(monkeypatch, tmp_path):
 
     monkeypatch.setattr(rival_weights, 'EarlyLearning', make)
     task = make_task('digits', noise='symmetric', rate=0.3, epochs=2, student='mlp8', teacher='mlp16')
-    record, _ = run_task(task, 'elr', teachers=tmp_path, progress=False)
+    record, _ = run_task(task, 'elr', storage=Storage(tmp_path), progress=False)
     teacher, student = made
     assert len(teacher.index) == 1297 and (student.target.sum(1) - (1 - 0.7**2)).abs().max() < 1e-5
     assert (teacher.target.sum(1) - (1 - 0.7**2)).abs().max() < 1e-5, 'two epochs, from zero'
