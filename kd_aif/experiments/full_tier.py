@@ -24,7 +24,9 @@ from kd_aif.experiments.full_tables import (
     outcome_sentence,
     PUBLISHED_FORM,
 )
+from .ssl_tables import PSEUDO_METRICS
 from ..reporting.methods import method_label
+from ..reporting.tables import metrics_table
 
 # %% ../../nbs/10_experiments/17g_full_tier.ipynb #320ed721
 SCORING = '25_full_size'  # the experiment that times scores and trains no student
@@ -56,6 +58,11 @@ def _training_items(group, published):
     if not group.records:
         return [f'### {group.title}', not_run_line([group])]
     found = [full_table(group), *_published_form(group), *_lines(group), outcome_sentence(comparisons(group))]
+    if any('n_labelled' in r.config for r in group.records):
+        found += [
+            'What the pseudo-labels were worth at the end:',
+            metrics_table(list(group.records), PSEUDO_METRICS),
+        ]
     return [f'### {group.title}', *found, *published_items(group, published)]
 
 
@@ -119,4 +126,4 @@ def full_tier_sections(
     sections = []
     for name, title in TITLES.items():
         sections.append((f'Full tier: {title}', full_tier_items(records, name, published)))
-    return sections
+    return [*sections, ('Full tier: weights and wrong labels', full_quality_items(records))]
