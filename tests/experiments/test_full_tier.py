@@ -14,6 +14,8 @@ from kd_aif.experiments.cli import kd_aif_report
 from kd_aif.experiments.expected_runs import EXPECTED, run_groups
 from kd_aif.experiments.full_tables import comparisons, full_table, missing_line, outcome_sentence
 from kd_aif.experiments.full_tier import TITLES, full_quality_items, full_tier_items, full_tier_sections
+from kd_aif.experiments.methods import run_identity
+from kd_aif.experiments.tasks import make_task
 from kd_aif.reporting.methods import METHODS
 from kd_aif.reporting.record_files import load_records, save_record
 from kd_aif.reporting.records import make_record, setting_of
@@ -95,12 +97,16 @@ human_labels = pytest.mark.skipif(
 )
 
 
+def text_of(item):
+    "One item as text; '' for a figure"
+    if isinstance(item, pd.DataFrame):
+        return item.to_string(max_colwidth=None)
+    return str(item) if isinstance(item, (str, SummaryTable)) else ''
+
+
 def texts(items):
     "The items as text"
-    return '\n'.join(
-        x if isinstance(x, str) else str(x) if isinstance(x, (SummaryTable, pd.DataFrame)) else ''
-        for x in items
-    )
+    return '\n'.join(map(text_of, items))
 
 
 def tables(items):
@@ -128,6 +134,21 @@ def test_every_expected_run_finds_its_table(expected, tmp_path):
     assert len(own.records) == len(runs) and not own.missing
     assert all(not g.records for g in groups if g is not own)
     assert len(runs) == expected.n_runs or expected in SCORED
+
+
+@pytest.mark.parametrize('expected', [CLEAN, NOISY, DEEP], ids=lambda e: e.label)
+def test_runs_of_the_command_line_are_covered(expected):
+    "A task made as `kd_aif_run` makes it gives records of that table"
+    noise = dict(noise=expected.noise, rate=expected.rate) if expected.rate else {}
+    networks = dict(teacher=expected.teacher, student=expected.student, epochs=expected.epochs)
+    task = make_task(expected.dataset, 'full', **networks, **noise)
+    described = dict(
+        name=expected.dataset, noise=dict(kind=expected.noise, rate=expected.rate), imbalance=1.0
+    )
+    for name in (m for m in expected.methods if m in METHODS):
+        identity = run_identity(task, name, described | dict(note=''), expected.experiment)
+        assert [e for e in EXPECTED if e.covers(make_record(**identity, metrics={}))] == [expected]
+    assert task.n_val == 5000 and task.n_train is None and task.label is None
 
 
 def test_a_run_that_is_missing_is_named(tmp_path):
