@@ -6,13 +6,15 @@
 __all__ = ['PUBLISHED_NAMES', 'beside_table', 'published_items']
 
 # %% ../../nbs/10_experiments/17d_full_published.ipynb #4c0426f0
+import math
+import string
 from pathlib import Path
 
 import pandas as pd
 
 from .expected_runs import RunGroup
-from .ssl_tables import published_table
 from ..reporting.labels import counted
+from ..reporting.records import markdown_table
 from ..reporting.tables import mean_std
 
 # %% ../../nbs/10_experiments/17d_full_published.ipynb #a4606fd6
@@ -26,24 +28,23 @@ def _read(folder, *names):
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 # %% ../../nbs/10_experiments/17d_full_published.ipynb #c7f9b73d
-PUBLISHED_NAMES = {
+_FEATURES = 'FitNet', 'AT', 'SP', 'CC', 'VID', 'RKD', 'PKT', 'FT', 'NST', 'CRD'
+PUBLISHED_NAMES = {name: name.lower() for name in _FEATURES} | {
     'student': 'ce',
     'KD': 'kd',
-    'FitNet': 'fitnet',
-    'AT': 'at',
-    'SP': 'sp',
-    'CC': 'cc',
-    'VID': 'vid',
-    'RKD': 'rkd',
-    'PKT': 'pkt',
-    'FT': 'ft',
-    'NST': 'nst',
-    'CRD': 'crd',
     'DKD': 'dkd',
     'DIST': 'dist',
     'KD + LSKD': 'lskd',
     'KD + LSKD, last epoch': 'lskd',
     'cross-entropy': 'ce',
+    'Supervised only': 'supervised',
+    'Pseudo-Label': 'pseudo_label',
+    'Mean Teacher': 'mean_teacher',
+    'VAT + entropy minimisation': 'vat',
+    'ICT': 'ict',
+    'FixMatch (RandAugment)': 'fixmatch',
+    'Meta Pseudo Labels (with finetune)': 'mpl',
+    'Meta Pseudo Labels (re-implementation)': 'mpl',
 }  # name in the files -> short name of the method here
 
 # %% ../../nbs/10_experiments/17d_full_published.ipynb #680ca3ed
@@ -62,16 +63,40 @@ def _ours(name, group):
     return 'not run' if PUBLISHED_NAMES.get(name) in group.expected.methods else '–'
 
 # %% ../../nbs/10_experiments/17d_full_published.ipynb #bc7c375c
-def beside_table(
-    published: pd.DataFrame,  # columns method, test_accuracy_percent, source
-    group: RunGroup,  # expected runs and records of one table
-) -> pd.DataFrame:  # of strings: method, published, ours, source
-    "Published accuracies in percent beside ours"
-    rows = [
-        (r.method, f'{r.test_accuracy_percent:.2f}', _ours(r.method, group), r.source)
-        for r in published.itertuples()
+_SHORT = 10  # rows of a list that is shown whole
+
+
+def _chosen(published, group):
+    "The rows that are shown"
+    if len(published) <= _SHORT:
+        return published
+    own = {*group.expected.methods, *(r.method for r in group.records)}
+    kept = [m in ('teacher', 'student') or PUBLISHED_NAMES.get(m) in own for m in published['method']]
+    accuracy = published['test_accuracy_percent']
+    return published[
+        pd.Series(kept, index=published.index)
+        | (accuracy == accuracy[published['method'] != 'teacher'].max())
     ]
-    return pd.DataFrame(rows, columns=['method', 'published, %', 'ours, %', 'source of the published figure'])
+
+# %% ../../nbs/10_experiments/17d_full_published.ipynb #7b8061bf
+def _theirs(row):
+    "A published accuracy in percent"
+    std = getattr(row, 'std', math.nan)
+    return f'{row.test_accuracy_percent:.2f}' + ('' if math.isnan(std) else f' ± {std:.2f}')
+
+
+def beside_table(
+    published: pd.DataFrame,  # columns method, test_accuracy_percent, source, perhaps std
+    group: RunGroup,  # expected runs and records of one table
+) -> str:  # Markdown
+    "Published accuracies in percent beside ours, and their sources"
+    rows, letters = list(_chosen(published, group).itertuples()), {}
+    for r in rows:
+        letters.setdefault(r.source, string.ascii_lowercase[len(letters)])
+    cells = [(r.method, _theirs(r), _ours(r.method, group), letters[r.source]) for r in rows]
+    sources = '; '.join(f'({letter}) {source}' for source, letter in letters.items())
+    table = markdown_table(['method', 'published, %', 'ours, %', 'source'], cells)
+    return f'{table}\n\nSources: {sources}.'
 
 # %% ../../nbs/10_experiments/17d_full_published.ipynb #c925aaff
 def _epochs(group):
@@ -111,32 +136,36 @@ _FEW = {('cifar10', 4000): 'cifar10_4k', ('svhn', 1000): 'svhn_1k'}  # data set,
 
 
 def _few_labels(group, folder):
-    "The table of few labels, and what differs; None where there is nothing to compare"
+    "Rows of the same data and number of labels, and what differs"
     found, e = _read(folder, 'semi_supervised.csv'), group.expected
     labels = {r.config.get('n_labelled') for r in group.records}
-    name = _FEW.get((e.dataset, *labels)) if len(labels) == 1 else None
+    name = _FEW.get((e.dataset, *labels))
     if found.empty or name is None or e.note:
-        return None, ''
+        return found, ''
     steps = {counted(r.config['steps'], 'step') for r in group.records if 'steps' in r.config}
     differs = (
         'Published figures are of longer trainings (FixMatch 2²⁰ steps, Meta Pseudo Labels 10⁶), each by its own '
         f'code and settings; those of Oliver et al. (2018) are tuned. Ours make {" or ".join(sorted(steps))} each.'
     )
-    return published_table(found, name, list(group.records)), differs
+    return found[found.dataset == name], differs
 
 # %% ../../nbs/10_experiments/17d_full_published.ipynb #f58ca1d6
+def _source(group):
+    "What looks up the rows of a group; None where nothing is published"
+    if group.expected.noise == 'human':
+        return _human
+    if any('n_labelled' in r.config for r in group.records):
+        return _few_labels
+    return _distillation if group.expected.dataset == 'cifar100' else None
+
+
 def published_items(
     group: RunGroup,  # expected runs and records of one table
     folder,  # folder of the published figures; None: there are none
-) -> list:  # Markdown and a table; empty where nothing is published, or nothing was run
+) -> list:  # Markdown; empty where nothing is published, or nothing was run
     "Published figures beside a group, with what differs"
-    if folder is None or not group.records:
+    of = _source(group)
+    if folder is None or not group.records or of is None:
         return []
-    if any('n_labelled' in r.config for r in group.records):
-        table, differs = _few_labels(group, folder)
-    else:
-        of = dict(cifar100=_distillation).get(group.expected.dataset)
-        of = _human if group.expected.noise == 'human' else of
-        found, differs = of(group, folder) if of else (pd.DataFrame(), '')
-        table = beside_table(found, group) if differs and len(found) else None
-    return [f'**Published figures.** {differs}', table] if table is not None else []
+    found, differs = of(group, folder)
+    return [f'**Published figures.** {differs}', beside_table(found, group)] if differs and len(found) else []

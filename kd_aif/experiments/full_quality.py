@@ -109,7 +109,9 @@ def quality_figure(
         return None
     heights = [0.4 + 0.4 * len(fraction_errors(g)) for g in shown]
     figure = new_figure(8, 0.6 + sum(heights) + 0.5 * len(shown), 'Error of the fraction of right labels')
-    for ax, g in zip(figure.subplots(len(shown), squeeze=False, height_ratios=heights)[:, 0], shown):
+    for ax, g in zip(
+        figure.subplots(len(shown), squeeze=False, sharex=True, height_ratios=heights)[:, 0], shown
+    ):
         ax.axvspan(-LIMIT, LIMIT, color=GREY, alpha=0.12, lw=0)
         ax.axvline(0, color=GREY, lw=1)
         _draw_errors(ax, g)

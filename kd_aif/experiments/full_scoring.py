@@ -14,6 +14,7 @@ import kd_aif.experiments.methods  # noqa: F401  registers the methods
 from .expected_runs import RunGroup
 from ..reporting.figures import new_figure, RIGHT, WRONG
 from ..reporting.methods import method_label, method_order
+from ..reporting.records import markdown_table
 from ..reporting.tables import mean_std
 
 # %% ../../nbs/10_experiments/17f_full_scoring.ipynb #e9ad991b
@@ -55,7 +56,7 @@ def _memory(records):
 
 def scoring_table(
     group: RunGroup,  # runs of one network
-) -> pd.DataFrame:  # of strings, a row for each way to score
+) -> str:  # Markdown, a row for each way to score
     "Seconds by phase, whether the goal is met, runs, and peak memory"
     rows = []
     for name, own in _by_method(group).items():
@@ -65,7 +66,7 @@ def scoring_table(
         seconds = mean_std(curvature), mean_std(scoring), mean_std(both)
         rows.append((method_label(name), *seconds, met, str(len(own)), _memory(own)))
     heads = 'curvature, s', 'scoring, s', 'together, s', f'at most {GOAL:g} s', 'runs', 'peak memory, MiB'
-    return pd.DataFrame(rows, columns=['way to score', *heads])
+    return markdown_table(['way to score', *heads], rows, numbers=True)
 
 # %% ../../nbs/10_experiments/17f_full_scoring.ipynb #8831c415
 def _ways(totals):
@@ -93,18 +94,19 @@ def scoring_sentence(
 # %% ../../nbs/10_experiments/17f_full_scoring.ipynb #2c03ef8e
 def published_seconds(
     folder,  # folder of the published figures; None: there are none
-) -> list:  # Markdown and a table; empty where there is no file
+) -> list:  # Markdown; empty where there is no file
     "Seconds that others report, with what differs"
     path = Path(folder or '.') / 'influence_seconds.csv'
     if folder is None or not path.exists():
         return []
     names = dict(method='published', seconds='seconds', device='device', task='task', source='source')
-    table = pd.read_csv(path).rename(columns=names)[list(names.values())]
+    table = pd.read_csv(path).rename(columns=names)[list(names.values())].round(1)
     differs = (
         'Published seconds are of other tasks, networks and cards: kronfluence has a score for each pair of an '
         'image and a query, ours is one score of an image for the mean validation loss.'
     )
-    return [f'**Published seconds.** {differs}', table]
+    cells = [list(map(str, row)) for row in table.itertuples(index=False)]
+    return [f'**Published seconds.** {differs}', markdown_table(list(table), cells)]
 
 # %% ../../nbs/10_experiments/17f_full_scoring.ipynb #1620f36f
 def _draw_seconds(ax, group):
