@@ -16,6 +16,7 @@ import torch
 from fastcore.script import call_parse
 
 from ..data.sources import DATASETS, load_images
+from .full_tier import full_tier_sections, in_full_tier, TITLES
 from .methods import run_task
 from .options import check_folder, command_parser, plain_errors, read_options
 from .ssl_runs import run_ssl_task
@@ -215,13 +216,19 @@ def kd_aif_report(
 ):
     "Make one self-contained page with tables and figures of all records; trains nothing"
     with plain_errors():
-        found = [r for r in load_records(records) if 'test_accuracy' in r.metrics]
+        everything = load_records(records)
+        full = [r for r in everything if in_full_tier(r)]
+        others = [r for r in everything if 'test_accuracy' in r.metrics and not in_full_tier(r)]
+        found = others + full
         if not found:
             raise ValueError(
                 f"records: there is none in {Path(records).resolve()}; "
                 f"make some with kd_aif_run, or give --records another folder"
             )
-        page = html_report(out, 'kd_aif: results', report_sections(found))
+        sections = report_sections(others)
+        if any(r.experiment in TITLES for r in everything):
+            sections += full_tier_sections(full, Path(records).parent / 'published')
+        page = html_report(out, 'kd_aif: results', sections)
         print(f'{len(found)} records: {page.resolve()}')
 
 # %% ../../nbs/10_experiments/19_cli.ipynb #19-cli-042
