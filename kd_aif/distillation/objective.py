@@ -14,11 +14,12 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..foundation.batches import model_device
-from ..foundation.core import check_fraction, check_positive
+from ..foundation.core import check_fraction, check_positive, is_static, static
 from ..foundation.losses import batch_cross_entropy, kd_loss
 from ..models.features import default_forward, feature_maps
 
 # %% ../../nbs/06_distillation/02_objective.ipynb #bd28daa7
+@static
 def default_outputs(
     model: nn.Module,  # see `feature_maps`
     batch: dict,  # with 'x'
@@ -35,9 +36,14 @@ class AuxiliaryLoss:
     loss: Callable  # loss(student_outputs, teacher_outputs, batch) -> (b,); teacher_outputs None without a teacher
     weight: float = 1.0  # what it is multiplied with, above 0
     outputs: Callable = default_outputs  # outputs(model, batch) -> list of tensors, the logits last
+    static: bool | None = (
+        None  # loss and outputs are pure functions of tensors (`static`); None: if they say so
+    )
 
     def __post_init__(self):
         check_positive('weight', self.weight)
+        if self.static is None:
+            object.__setattr__(self, 'static', is_static(self.loss) and is_static(self.outputs))
 
 # %% ../../nbs/06_distillation/02_objective.ipynb #df2a4a4e
 @dataclass(frozen=True, eq=False)
@@ -113,7 +119,7 @@ def bootstrapping_loss(
             soft_labels = forward(previous_teacher, batch).softmax(1)
         return p * label_loss(logits, batch) - (1 - p) * (soft_labels * logits.log_softmax(1)).sum(1)
 
-    return loss
+    return static(loss) if is_static(label_loss) and is_static(forward) else loss
 
 # %% ../../nbs/06_distillation/02_objective.ipynb #8f14e3a2
 def autocast_forward(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['generator', 'seed_everything', 'default_device', 'evaluating', 'atomic_path', 'atomic_write', 'cache_dir',
-           'bar_options', 'Stopwatch', 'peak_memory', 'check_whole', 'check_fraction', 'check_positive']
+           'bar_options', 'Stopwatch', 'peak_memory', 'check_whole', 'check_fraction', 'check_positive', 'static',
+           'is_static']
 
 # %% ../../nbs/01_foundation/01_core.ipynb #1246752e
 import hashlib
@@ -203,3 +204,19 @@ def check_positive(
     if not 0 < _number(name, value) < math.inf:
         raise ValueError(f'{name} is {value!r}: {remedy or "give a finite number above 0"}')
     return value
+
+# %% ../../nbs/01_foundation/01_core.ipynb #c446d7e8
+def static(
+    function,  # its operations depend on shapes alone; it waits for no value, keeps nothing in Python, moves nothing
+):  # the same function, marked
+    "Declare that a function is a pure function of tensors, so that a step that calls it may be recorded"
+    function.static = True
+    return function
+
+# %% ../../nbs/01_foundation/01_core.ipynb #e83c8fbf
+def is_static(
+    function,  # a function, an object that is called, or a partial call
+) -> bool:  # False where nothing is declared
+    "Whether a function is declared to be a pure function of tensors"
+    inner = getattr(function, 'func', function)
+    return bool(getattr(inner, 'static', False))
