@@ -34,26 +34,25 @@ class CropFlip:
     padding: int = 4  # largest shift in pixels
     flip: bool = True  # mirror half of the images
 
-    def check_size(
-        self,
-        h: int,  # height of the images in pixels
-        w: int,  # their width
-    ) -> None:
-        "Raise `ValueError` when `padding` is too large for the images"
-        if self.padding >= min(h, w):
-            raise ValueError(
-                f"padding={self.padding}: images of {h}×{w} pixels allow at most {min(h, w) - 1}"
-            )
-
     def __call__(
         self,
         x: torch.Tensor,  # (b, c, h, w), bytes or floats
         generator: torch.Generator = None,  # where the random numbers come from; default the global one
     ) -> torch.Tensor:  # (b, c, h, w), channels-last
         "One random view of each image; raises ValueError when `padding` is too large for the images."
-        self.check_size(*x.shape[2:])
         draws = self.draw(len(x), generator, x.device)
         return self.apply(x, draws.to(x.device, non_blocking=True))
+
+# %% ../../nbs/02_data/04_augment.ipynb #26170434
+@patch
+def check_size(
+    self: CropFlip,
+    h: int,  # height of the images in pixels
+    w: int,  # their width
+) -> None:
+    "Raise `ValueError` when `padding` is too large for the images"
+    if self.padding >= min(h, w):
+        raise ValueError(f"padding={self.padding}: images of {h}×{w} pixels allow at most {min(h, w) - 1}")
 
 # %% ../../nbs/02_data/04_augment.ipynb #68678fc8
 @patch
@@ -79,6 +78,7 @@ def apply(
     draws: torch.Tensor,  # (b, 3) from `draw`, on the device of the images
 ) -> torch.Tensor:  # (b, c, h, w), channels-last
     "The view of each image that its random numbers say"
+    self.check_size(*x.shape[2:])
     row, column = self._sources(x, draws)
     return _pick(x, _reflect(row, x.shape[2]), _reflect(column, x.shape[3]))
 

@@ -51,7 +51,7 @@ class ImagePlan:
         sets = [part.data for part in self.parts]
         self.device = sets[0].x.device
         self.pixels = _joined([_channels_last(data.x) for data in sets])
-        self.y, self.index = (_joined([getattr(data, key) for data in sets]) for key in ('y', 'index'))
+        self.y, self.index = _joined([data.y for data in sets]), _joined([data.index for data in sets])
 
 # %% ../../nbs/02_data/07b_epoch_plans.ipynb #f5caef54
 def _joined(tensors):

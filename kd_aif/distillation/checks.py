@@ -14,6 +14,7 @@ import torch
 from torch import nn, Tensor
 
 from ..data.training_set import check_batches, check_labels, TrainingSet
+from .captured_step import device_obstacle, loss_obstacle, weights_obstacle
 from .objective import Objective
 from .schedules import Every, MECHANISMS, OneShot, Online
 from .trainer import Training
@@ -34,6 +35,8 @@ def check_settings(
 ) -> None:
     "Settings fit together; raises `TypeError` or `ValueError`"
     _check_groups(objective, training)
+    if training.capture:
+        _check_capture(teacher, schedule, weighting, objective)
     if mechanism not in MECHANISMS:
         raise ValueError(f"mechanism is {mechanism!r}; use None, 'student' or 'both'")
     if not isinstance(schedule, (OneShot, Every, Online)):
@@ -54,6 +57,20 @@ def _check_groups(objective, training):
         raise ValueError(
             "cache_teacher is True, but the auxiliary loss looks at feature maps, which are not kept; "
             "leave one of them out"
+        )
+
+# %% ../../nbs/06_distillation/08_checks.ipynb #8f0045ae
+def _check_capture(teacher, schedule, weighting, objective):
+    "With `capture=True`: device, weights and losses can be recorded"
+    obstacle = loss_obstacle(objective)
+    if isinstance(weighting, Reweighting) or isinstance(schedule, Online):
+        source = 'Online()' if isinstance(schedule, Online) else 'a Reweighting callback'
+        obstacle = weights_obstacle(source)
+    if teacher is not None:
+        obstacle = device_obstacle(model_device(teacher)) or obstacle
+    if obstacle:
+        raise ValueError(
+            f"capture is True, but a step cannot be recorded: {obstacle}; or leave capture at None"
         )
 
 # %% ../../nbs/06_distillation/08_checks.ipynb #e6af29d5
