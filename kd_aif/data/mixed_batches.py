@@ -132,9 +132,7 @@ def __iter__(self: MixedBatches):
 @patch
 def arrangement(
     self: MixedBatches,
-) -> tuple[
-    Tensor, list
-]:  # (n + m,) rows, the validation stream counted from n; number of samples of each batch
+) -> tuple[Tensor, list]:  # (n + m,) rows, those of validation counted from n; sizes of the batches
     "Which row of both streams, one after the other, stands where in the next pass, which counts as done"
     masks = self._masks()
     sizes = [len(mask) for mask in masks]

@@ -273,7 +273,9 @@ def recording(
 ) -> Recording | None:  # None: run the functions as they are
     "The recording that fits a recipe, made now if its shape comes for the second time"
     shape = shape_of(recipe)
-    if shape is None or self.failure is not None:
+    if shape is None:
+        self.failure = 'batches hold something else than tensors'
+    if self.failure is not None:
         return None
     if shape not in self.recordings:
         if shape not in self.seen or len(self.recordings) >= self.limit:

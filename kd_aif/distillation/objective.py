@@ -36,9 +36,7 @@ class AuxiliaryLoss:
     loss: Callable  # loss(student_outputs, teacher_outputs, batch) -> (b,); teacher_outputs None without a teacher
     weight: float = 1.0  # what it is multiplied with, above 0
     outputs: Callable = default_outputs  # outputs(model, batch) -> list of tensors, the logits last
-    static: bool | None = (
-        None  # loss and outputs are pure functions of tensors (`static`); None: if they say so
-    )
+    static: bool | None = None  # pure functions of tensors, see `static`; None: if loss and outputs say so
 
     def __post_init__(self):
         check_positive('weight', self.weight)

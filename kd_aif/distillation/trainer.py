@@ -47,8 +47,7 @@ class Trainer:
 @patch
 def descend(
     self: Trainer,
-    gradients: list
-    | None = None,  # of all parameters of the optimiser, in their order; None: they lie in `.grad`
+    gradients: list | None = None,  # of `parameters`, in their order; None: they lie in `.grad`
 ) -> None:
     "One step of the optimiser, and one of the schedule"
     if gradients is not None:
@@ -210,9 +209,7 @@ def weighted_loss(
     batch: dict,  # on the model's device
     loss: Callable,  # loss(outputs, batch) -> (b,)
     epoch: int,  # number of the epoch, from 0
-) -> tuple[
-    Tensor, Tensor, Tensor
-]:  # (b, C) logits, (b,) losses, both without graph; () weighted mean, with graph
+) -> tuple[Tensor, Tensor, Tensor]:  # (b, C) logits, (b,) losses; () weighted mean, which alone has a graph
     "What a network is asked for in one batch"
     self.model.train()
     outputs = self.forward(self.model, batch)

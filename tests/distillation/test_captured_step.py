@@ -348,6 +348,20 @@ def test_shapes_that_never_come_again_are_not_recorded():
     assert step.recording(dict(x='text')) is None
 
 
+def test_batches_with_something_else_than_tensors_run_as_they_are(recorded):
+    batches = [b | dict(note='text') for b in loader(noisy()[0]).eval_view()]
+    data = TrainingSet(batches, batches)
+
+    def run(**options):
+        training = Training(3, **options, **quiet)
+        return Fit(network('cnn8', 1), None, data, WeightTable(data), Objective(), training).run()
+
+    expected, count = run(), recorded(record_trace)
+    assert run() == expected and not count
+    with pytest.raises(ValueError, match='something else than tensors'):
+        run(capture=True)
+
+
 # On CUDA
 
 
