@@ -16,7 +16,7 @@ from fastcore.script import anno_parser, store_true
 from .cost import cost_table, influence_bench
 from .fidelity import lds_bench, lds_table
 from .influence_tasks import InfluenceTask, RefitTask
-from .loop import loop_bench, loop_line
+from .loop import loop_bench, loop_line, loop_table
 from .reference_libraries import REFERENCE_LIBRARIES
 from .rows import ROWS, SCORING, SOLVERS
 from .ssl_step import ssl_cost_bench, ssl_cost_line
@@ -40,7 +40,10 @@ class BenchSettings:
     repeats: int = 3  # influence: runs of each row; loop, ssl: how often both are timed
     subsets: int = 60  # lds: number of random halves of the training set
     seeds: int = 4  # lds: models for each of them
-    processes: int = 1  # lds: models that are trained at the same time
+    processes: int = 1  # lds: models that are trained at the same time; loop: loops side by side
+    device: str = None  # loop: cuda or cpu; default cuda where there is one
+    tier: str = None  # loop: size of the data set, smoke, lite or full; default the first it has
+    compile: store_true = False  # loop: compile the forward passes
     n_train: int = None  # training images, default 2000 (influence) or 1000 (lds)
     n_val: int = None  # validation images, default 500
     epochs: int = None  # of the training, default 15
@@ -101,7 +104,11 @@ def _run_lds(s):
 def _run_loop(s):
     "The training loop beside its bare passes"
     options = dict(teacher=s.teacher, student=s.model or 'cnn16', n_train=s.n_train, n_val=s.n_val)
-    print(loop_line(loop_bench(make_task(s.dataset, **options), s.repeats, out=s.out)))
+    task = make_task(s.dataset, s.tier, compile=s.compile, **options)
+    record = loop_bench(task, s.repeats, out=s.out, device=s.device, processes=s.processes)
+    print(loop_line(record))
+    print()
+    print(loop_table(record))
 
 # %% ../../nbs/11_benchmarks/18_cli.ipynb #18-bench-020
 def _run_ssl(s):

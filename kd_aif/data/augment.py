@@ -40,27 +40,56 @@ class CropFlip:
         generator: torch.Generator = None,  # where the random numbers come from; default the global one
     ) -> torch.Tensor:  # (b, c, h, w), channels-last
         "One random view of each image; raises ValueError when `padding` is too large for the images."
-        h, w = x.shape[2:]
-        if self.padding >= min(h, w):
-            raise ValueError(
-                f"padding={self.padding}: images of {h}×{w} pixels allow at most {min(h, w) - 1}"
-            )
-        row, column = self._sources(x, generator)
-        return _pick(x, _reflect(row, h), _reflect(column, w))
+        draws = self.draw(len(x), generator, x.device)
+        return self.apply(x, draws.to(x.device, non_blocking=True))
+
+# %% ../../nbs/02_data/04_augment.ipynb #26170434
+@patch
+def check_size(
+    self: CropFlip,
+    h: int,  # height of the images in pixels
+    w: int,  # their width
+) -> None:
+    "Raise `ValueError` when `padding` is too large for the images"
+    if self.padding >= min(h, w):
+        raise ValueError(f"padding={self.padding}: images of {h}×{w} pixels allow at most {min(h, w) - 1}")
+
+# %% ../../nbs/02_data/04_augment.ipynb #68678fc8
+@patch
+def draw(
+    self: CropFlip,
+    n: int,  # number of images
+    generator: torch.Generator = None,  # where the random numbers come from; default the global one
+    device: torch.device | str = 'cpu',  # of the global generator
+) -> torch.Tensor:  # (n, 3) int64: shift of rows, shift of columns, 1 for a mirrored image
+    "The random numbers of `n` images"
+    p, device = self.padding, generator.device if generator else device
+    shift = torch.randint(-p, p + 1, (2, n, 1), generator=generator, device=device)
+    mirror = torch.zeros_like(shift[0])
+    if self.flip:
+        mirror = (torch.rand(n, 1, generator=generator, device=device) < 0.5).long()
+    return torch.cat([shift[0], shift[1], mirror], 1)
+
+# %% ../../nbs/02_data/04_augment.ipynb #f724b843
+@patch
+def apply(
+    self: CropFlip,
+    x: torch.Tensor,  # (b, c, h, w), bytes or floats
+    draws: torch.Tensor,  # (b, 3) from `draw`, on the device of the images
+) -> torch.Tensor:  # (b, c, h, w), channels-last
+    "The view of each image that its random numbers say"
+    self.check_size(*x.shape[2:])
+    row, column = self._sources(x, draws)
+    return _pick(x, _reflect(row, x.shape[2]), _reflect(column, x.shape[3]))
 
 # %% ../../nbs/02_data/04_augment.ipynb #02-data-083
 @patch
-def _sources(self: CropFlip, x, generator):
+def _sources(self: CropFlip, x, draws):
     "Row (b, h) and column (b, w) that each new pixel comes from, before they are reflected"
-    (b, _, h, w), p = x.shape, self.padding
-    device = generator.device if generator else x.device
-    shift = torch.randint(-p, p + 1, (2, b, 1), generator=generator, device=device)
-    shift = shift.to(x.device, non_blocking=True)
-    row, column = (torch.arange(size, device=x.device).expand(b, size) for size in (h, w))
+    row, column = (torch.arange(size, device=x.device).expand(len(x), size) for size in x.shape[2:])
     if self.flip:
-        coin = torch.rand(b, 1, generator=generator, device=device).to(x.device, non_blocking=True)
-        column = torch.where(coin < 0.5, w - 1 - column, column)
-    return row + shift[0], column + shift[1]
+        column = torch.where(draws[:, 2:] > 0, x.shape[3] - 1 - column, column)
+    return row + draws[:, :1], column + draws[:, 1:2]
 
 # %% ../../nbs/02_data/04_augment.ipynb #02-data-085
 def crop_flip(

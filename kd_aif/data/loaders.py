@@ -62,16 +62,42 @@ def _normalise(self: ImageBatches, x):
     rows = _channels_last(x).reshape(b, -1).float()
     return torch.addcmul(self._offset, rows, self._scale).view(b, h, w, c).permute(0, 3, 1, 2)
 
+# %% ../../nbs/02_data/06_loaders.ipynb #996d2ad4
+@patch
+def _streams(self: ImageBatches):
+    "Generator of the augmentation, and positions (n,) of the images in the order of the next pass"
+    epoch, self.epoch = self.epoch, self.epoch + 1
+    noise, order = generator(self.seed, 'augment', epoch), torch.arange(len(self.data))
+    if self.shuffle:
+        order = torch.randperm(len(order), generator=generator(self.seed, 'order', epoch))
+    return noise, order
+
 # %% ../../nbs/02_data/06_loaders.ipynb #aee1f6f1
 @patch
 def __iter__(self: ImageBatches):
-    epoch, self.epoch, d = self.epoch, self.epoch + 1, self.data
-    noise, order = generator(self.seed, 'augment', epoch), torch.arange(len(d))
-    if self.shuffle:
-        order = torch.randperm(len(d), generator=generator(self.seed, 'order', epoch))
+    d, (noise, order) = self.data, self._streams()
     pixels = _channels_last(d.x)
     for p in order.to(d.x.device).split(self.batch_size):
         x = pixels[p].permute(0, 3, 1, 2)
         if self.augment is not None:
             x = self.augment(x, noise)
         yield dict(x=self._normalise(x), y=d.y[p], index=d.index[p])
+
+# %% ../../nbs/02_data/06_loaders.ipynb #c98dc0a9
+@patch(as_prop=True)
+def can_draw(self: ImageBatches) -> bool:
+    "Whether the random numbers of a pass can be drawn without its images"
+    a = self.augment
+    return a is None or (callable(getattr(a, 'draw', None)) and callable(getattr(a, 'apply', None)))
+
+# %% ../../nbs/02_data/06_loaders.ipynb #1dcab3e7
+@patch
+def draw(
+    self: ImageBatches,
+) -> torch.Tensor:  # (n, 1 + k) int64 on the CPU: position, k numbers of the augmentation
+    "The random numbers of the next pass, which counts as done"
+    noise, order = self._streams()
+    if self.augment is None:
+        return order[:, None]
+    draws = torch.cat([self.augment.draw(len(p), noise) for p in order.split(self.batch_size)])
+    return torch.cat([order[:, None], draws], 1)

@@ -112,15 +112,33 @@ def _chunks(self: MixedBatches, mask):
 def __len__(self: MixedBatches):
     return len(self._chunks(torch.empty(self.n_train + self.n_val)))
 
+# %% ../../nbs/02_data/07_mixed_batches.ipynb #da1b6a1f
+@patch
+def _masks(self: MixedBatches):
+    "(b,) bool for each batch of the next pass: which of its samples are validation samples"
+    epoch, self.epoch = self.epoch, self.epoch + 1
+    order = torch.randperm(self.n_train + self.n_val, generator=generator(self.seed, 'mix', epoch))
+    return self._chunks(order >= self.n_train)
+
 # %% ../../nbs/02_data/07_mixed_batches.ipynb #7f7439a3
 @patch
 def __iter__(self: MixedBatches):
-    epoch, self.epoch = self.epoch, self.epoch + 1
     streams = _Stream(self.train, False), _Stream(self.val, True)
-    order = torch.randperm(self.n_train + self.n_val, generator=generator(self.seed, 'mix', epoch))
-    chunks = self._chunks(order >= self.n_train)
+    chunks = self._masks()
     for size, k in zip(map(len, chunks), torch.stack([c.sum() for c in chunks]).tolist()):
         yield _cat([s.next_rows(n) for s, n in zip(streams, (size - k, k)) if n])
+
+# %% ../../nbs/02_data/07_mixed_batches.ipynb #ae28eaff
+@patch
+def arrangement(
+    self: MixedBatches,
+) -> tuple[Tensor, list]:  # (n + m,) rows, those of validation counted from n; sizes of the batches
+    "Which row of both streams, one after the other, stands where in the next pass, which counts as done"
+    masks = self._masks()
+    sizes = [len(mask) for mask in masks]
+    held_out = torch.cat([mask.sort().values for mask in masks])
+    rows = torch.where(held_out, self.n_train + held_out.cumsum(0), (~held_out).cumsum(0)) - 1
+    return rows, sizes
 
 # %% ../../nbs/02_data/07_mixed_batches.ipynb #2867549b
 def is_deterministic(

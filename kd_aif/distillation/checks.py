@@ -14,6 +14,7 @@ import torch
 from torch import nn, Tensor
 
 from ..data.training_set import check_batches, check_labels, TrainingSet
+from .captured_step import device_obstacle, loss_obstacle, weights_obstacle
 from .objective import Objective
 from .schedules import Every, MECHANISMS, OneShot, Online
 from .trainer import Training
@@ -35,6 +36,8 @@ def check_settings(
     "Settings fit together; raises `TypeError` or `ValueError`"
     _check_groups(objective, training)
     _check_memory(objective, mechanism)
+    if training.capture:
+        _check_capture(teacher, schedule, weighting, objective)
     if mechanism not in MECHANISMS:
         raise ValueError(f"mechanism is {mechanism!r}; use None, 'student' or 'both'")
     if not isinstance(schedule, (OneShot, Every, Online)):
@@ -57,7 +60,7 @@ def _check_groups(objective, training):
             "leave one of them out"
         )
 
-# %% ../../nbs/06_distillation/08_checks.ipynb #6e3bbbe0
+# %% ../../nbs/06_distillation/08_checks.ipynb #2411d5eb
 def _check_memory(objective, mechanism):
     "A label loss with a memory trains one network"
     if mechanism == 'both' and hasattr(objective.label_loss, 'after_step'):
@@ -65,6 +68,20 @@ def _check_memory(objective, mechanism):
         raise ValueError(
             f"label_loss is {kind}, which remembers the outputs of one network, but mechanism='both' trains two; "
             f"train teacher and student one after the other, each with its own {kind}"
+        )
+
+# %% ../../nbs/06_distillation/08_checks.ipynb #8f0045ae
+def _check_capture(teacher, schedule, weighting, objective):
+    "With `capture=True`: device, weights and losses can be recorded"
+    obstacle = loss_obstacle(objective)
+    if isinstance(weighting, Reweighting) or isinstance(schedule, Online):
+        source = 'Online()' if isinstance(schedule, Online) else 'a Reweighting callback'
+        obstacle = weights_obstacle(source)
+    if teacher is not None:
+        obstacle = device_obstacle(model_device(teacher)) or obstacle
+    if obstacle:
+        raise ValueError(
+            f"capture is True, but a step cannot be recorded: {obstacle}; or leave capture at None"
         )
 
 # %% ../../nbs/06_distillation/08_checks.ipynb #e6af29d5

@@ -15,11 +15,12 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..foundation.batches import model_device
-from ..foundation.core import check_fraction, check_positive
+from ..foundation.core import check_fraction, check_positive, is_static, static
 from ..foundation.losses import batch_cross_entropy, kd_loss
 from ..models.features import default_forward, feature_maps
 
 # %% ../../nbs/06_distillation/02_objective.ipynb #bd28daa7
+@static
 def default_outputs(
     model: nn.Module,  # see `feature_maps`
     batch: dict,  # with 'x'
@@ -37,11 +38,14 @@ class AuxiliaryLoss:
     weight: float = 1.0  # what it is multiplied with, above 0
     outputs: Callable = default_outputs  # outputs(model, batch) -> list of tensors, the logits last
     base_weight: float = 1.0  # what the loss of labels and teacher beside it is multiplied with, 0 or more
+    static: bool | None = None  # pure functions of tensors, see `static`; None: if loss and outputs say so
 
     def __post_init__(self):
         check_positive('weight', self.weight)
         if not 0 <= self.base_weight < math.inf:
             raise ValueError(f"base_weight is {self.base_weight!r}; give a finite number of 0 or more")
+        if self.static is None:
+            object.__setattr__(self, 'static', is_static(self.loss) and is_static(self.outputs))
 
 # %% ../../nbs/06_distillation/02_objective.ipynb #df2a4a4e
 @dataclass(frozen=True, eq=False)
@@ -118,7 +122,7 @@ def bootstrapping_loss(
             soft_labels = forward(previous_teacher, batch).softmax(1)
         return p * label_loss(logits, batch) - (1 - p) * (soft_labels * logits.log_softmax(1)).sum(1)
 
-    return loss
+    return static(loss) if is_static(label_loss) and is_static(forward) else loss
 
 # %% ../../nbs/06_distillation/02_objective.ipynb #8f14e3a2
 def autocast_forward(

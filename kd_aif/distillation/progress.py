@@ -24,9 +24,10 @@ from kd_aif.distillation.checkpoint import (
 from .run_weights import RunWeights
 from .schedules import OneShot
 from .scoring import OnlineWeights
-from .trainer import Fit, random_state
+from .trainer import Fit
 from .weighting import Published
 from ..foundation.batches import model_device
+from ..foundation.core import random_state
 from ..influence.cross_scores import CrossScores
 from ..influence.scores import InfluenceScores
 from ..weights.calibration import CalibratedWeights
@@ -186,7 +187,7 @@ class Progress:
 def decide(
     self: Progress,
     compute: Callable,  # compute() -> bool
-) -> bool:
+) -> bool:  # what was decided
     "A decision of the procedure, now or as it was taken before the state was written"
     taken = self.saved['decisions'][len(self.decisions)] if self.waiting else bool(compute())
     self.decisions.append(taken)
@@ -207,7 +208,7 @@ def begin(
 
 
 @patch
-def take(self: Progress) -> dict:
+def take(self: Progress) -> dict:  # what was written
     "The state that was read; from now on everything is computed"
     state, self.saved = self.saved, None
     return state

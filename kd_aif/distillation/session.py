@@ -72,7 +72,7 @@ def check_class_weights(self: Session) -> None:
 def nothing_to_learn_again(
     self: Session,
     generation: int,  # number of the teacher that would be trained, from 0; class weights count for the first one
-) -> bool:
+) -> bool:  # as it was decided, where the run goes on behind that
     "All sample weights are one, and no class is short"
 
     def rests():

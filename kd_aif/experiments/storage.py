@@ -38,14 +38,10 @@ class Storage:
     "Folders of teachers and of unfinished runs; raises `TypeError` for a version that is no text"
 
     teachers: str | Path | None = None  # folder of the trained teachers; None: a folder in `cache_dir()`
-    checkpoints: str | Path | None = (
-        None  # folder of unfinished runs; None: none are kept, few labels: in the cache
-    )
+    checkpoints: str | Path | None = None  # folder of unfinished runs; None: few labels alone, in the cache
     seconds: float = 0.0  # least time between two states of a run
     stop: Callable | None = None  # stop(seconds of an epoch) -> whether to leave a run, see `Checkpoint`
-    version: str | None = (
-        None  # what stands for the code, such as `TRAINING_VERSION`; None: a hash of the code
-    )
+    version: str | None = None  # what stands for the code: `TRAINING_VERSION`; None: a hash of the code
 
     def __post_init__(self):
         if self.version is not None and not isinstance(self.version, str):
@@ -56,14 +52,14 @@ class Storage:
 def code(
     self: Storage,
     *folders: str,  # of this package, which decide what is computed
-) -> str:
+) -> str:  # a part of the names of files
     "The version, or the hash of the code"
     return self.version or code_fingerprint(*folders)
 
 # %% ../../nbs/10_experiments/02b_storage.ipynb #638a7970
 def run_name(
     record,  # `Record` of the run, also a planned one
-) -> str:
+) -> str:  # such as kd-s0-0123456789ab
     "How the names of its files begin"
     return f'{record.method}-s{record.seed}-{record.key}'
 

@@ -83,7 +83,7 @@ def teacher_path(
     val: ImageData,  # its validation set
     with_val: bool = True,  # trained on the validation samples too
     storage: Storage = Storage(),  # its folder, and what stands for the code
-) -> Path:
+) -> Path:  # it need not exist
     "File of the trained teacher"
     settings = {k: v for k, v in dataclasses.asdict(task).items() if k not in STUDENT_SETTINGS}
     data = train.fingerprint, val.fingerprint, with_val

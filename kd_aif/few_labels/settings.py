@@ -73,9 +73,7 @@ class SSLTraining:
     autocast: torch.dtype | None = None  # precision of training, such as torch.bfloat16; None: the model's
     forward: Callable = default_forward  # forward(model, batch) -> logits (k, C)
     every: int | None = None  # steps between evaluations and checkpoints; None: a tenth of all
-    checkpoint: Checkpoint | str | Path | None = (
-        None  # file of the unfinished run; a path is written every time
-    )
+    checkpoint: Checkpoint | str | Path | None = None  # file of an unfinished run; None: none is kept
     seed: int = 0  # of batches, views, random numbers of the algorithms, dropout
     progress: bool = True  # show a bar
 

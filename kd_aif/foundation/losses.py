@@ -9,7 +9,7 @@ __all__ = ['reduce_losses', 'check_logits', 'kd_loss', 'distill_loss', 'batch_cr
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import check_fraction, check_positive
+from .core import check_fraction, check_positive, static
 
 # %% ../../nbs/01_foundation/03_losses.ipynb #04-losses-006
 def reduce_losses(
@@ -75,6 +75,7 @@ def distill_loss(
     return reduce_losses((1 - alpha) * ce + alpha * kd, reduction)
 
 # %% ../../nbs/01_foundation/03_losses.ipynb #04-losses-023
+@static
 def batch_cross_entropy(
     logits: Tensor,  # (b, c) logits
     batch: dict,  # holds 'y': (b,) given labels, int64

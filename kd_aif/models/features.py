@@ -11,9 +11,11 @@ from functools import partial
 import torch
 from torch import nn, Tensor
 
+from ..foundation.core import static
 from .architectures import StagedNet
 
 # %% ../../nbs/03_models/03_features.ipynb #03-models-026
+@static
 def default_forward(
     model: nn.Module,  # turns a tensor of inputs into logits
     batch: dict,  # one batch, with the inputs under 'x'

@@ -79,13 +79,13 @@ def _fits(room, pieces):
     "Whether there is room for a file"
     if sum(p.size for p in pieces) + _HEADER * len(pieces) > room.left:
         return False
-    new = [p for p in pieces if all(room.free(pack) < p.size for pack in room.packs)]
-    return len(room.packs) + len(new) <= room.limits.files
+    most = max(map(room.free, room.packs), default=0)
+    return len(room.packs) + sum(p.size > most for p in pieces) <= room.limits.files
 
-
+# %% ../../nbs/12_queue/01_packs.ipynb #e47f38f4
 def plan_packs(
     sizes: dict,  # name -> bytes, the most valuable first
-    limits: PackLimits = PackLimits(),
+    limits: PackLimits = PackLimits(),  # number and size of the packs
 ) -> tuple[list, list]:  # packs, each a list of `Piece`; names of what does not fit
     "What goes into which pack"
     room, left_out = _Room(limits), []
@@ -123,7 +123,7 @@ def write_packs(
     names,  # of files below `folder`, relative, with '/', the most valuable first
     folder: str | Path,  # where the files are
     out: str | Path,  # folder of the packs
-    limits: PackLimits = PackLimits(),
+    limits: PackLimits = PackLimits(),  # number and size of the packs
 ) -> list:  # names of what does not fit
     "Put files into packs pack-0.safetensors, pack-1.safetensors, …"
     folder, out = Path(folder), Path(out)

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..foundation.core import check_positive
+from ..foundation.core import check_positive, static
 from ..foundation.losses import check_logits
 
 # %% ../../nbs/07_rivals/08_logit_losses.ipynb #08-logit-losses-007
 def _decoupled(logits, targets):
     "Log of (target, not target) (b, 2), and of the other classes among themselves (b, c - 1)"
     log_p = F.log_softmax(logits, -1)
-    target = F.one_hot(targets, logits.shape[1]).bool()
-    others = log_p[~target].view(len(logits), -1)
+    target = targets[:, None]
+    first = torch.arange(logits.shape[1] - 1, device=logits.device)
+    others = log_p.gather(1, first + (first >= target))  # by position: a mask would make a GPU wait
     rest = others.logsumexp(1, keepdim=True)
-    return torch.cat([log_p[target][:, None], rest], 1), others - rest
+    return torch.cat([log_p.gather(1, target), rest], 1), others - rest
 
 # %% ../../nbs/07_rivals/08_logit_losses.ipynb #08-logit-losses-009
 def _kl(teacher, student):
@@ -28,6 +29,7 @@ def _kl(teacher, student):
     return F.kl_div(student, teacher, reduction='none', log_target=True).sum(-1)
 
 # %% ../../nbs/07_rivals/08_logit_losses.ipynb #08-logit-losses-011
+@static
 def dkd_loss(
     student_logits: Tensor,  # (b, c) logits of the student
     teacher_logits: Tensor,  # (b, c) logits of the teacher; no gradient flows into them
@@ -50,6 +52,7 @@ def _standardised(x, dim):
     return F.normalize(x - x.mean(dim, keepdim=True), dim=dim, eps=1e-8)
 
 # %% ../../nbs/07_rivals/08_logit_losses.ipynb #08-logit-losses-019
+@static
 def dist_loss(
     student_logits: Tensor,  # (b, c) logits of the student
     teacher_logits: Tensor,  # (b, c) logits of the teacher; no gradient flows into them
@@ -69,6 +72,7 @@ def dist_loss(
     return T * T * (beta * inter + gamma * intra * b / c)
 
 # %% ../../nbs/07_rivals/08_logit_losses.ipynb #08-logit-losses-027
+@static
 def spherical_kd_loss(
     student_logits: Tensor,  # (b, c) logits of the student
     teacher_logits: Tensor,  # (b, c) logits of the teacher; no gradient flows into them

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..foundation.batches import to_device
-from ..foundation.core import evaluating, generator
+from ..foundation.core import evaluating, generator, is_static
 from .contrastive import CRD
 from .feature_losses import at_loss, cc_loss, nst_loss, pkt_loss, rkd_loss, sp_loss
 from .feature_modules import FactorTransfer, FitNet, OFD, VID
@@ -90,6 +90,7 @@ class FeatureLoss(nn.Module):
         self.positions, self.losses, self.keys = positions, losses, keys
         self.factors, self.reference_batch = factors or [1.0] * len(positions), reference_batch
         self.learnt = nn.ModuleList(o for o in losses if isinstance(o, nn.Module))
+        self.static = all(map(is_static, losses))  # whether a recorded step may hold it, see `static`
 
 # %% ../../nbs/07_rivals/12_published_losses.ipynb #12-published-losses-017
 def _check_maps(student_maps, teacher_maps):

@@ -23,6 +23,7 @@ class GeneralizedCrossEntropy:
     Raises `ValueError` for `q` outside (0, 1]."""
 
     q: float = 0.7  # from 0 (cross-entropy, excluded) to 1 (mean absolute error)
+    static = True  # a recorded step may hold it
 
     def __post_init__(self):
         remedy = 'give a number above 0, up to 1; for q = 0 use batch_cross_entropy'

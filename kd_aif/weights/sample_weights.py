@@ -114,7 +114,7 @@ class WeightTable:
         device: torch.device | str = 'cpu',  # of the training
     ):
         self.samples, self.device = samples, torch.device(device)
-        self.unknown = torch.tensor(False, device=device)
+        self.unknown, self.version = torch.tensor(False, device=device), 0
         self.values, self.class_weights = torch.ones(len(samples), device=device), None
 
     def set(
@@ -122,14 +122,27 @@ class WeightTable:
         values: Tensor,  # (n + m,) by position
     ):
         "Use these weights by position from now on"
-        self.values = values.to(self.device, torch.float32, copy=True)
+        self._put('values', values)
 
     def set_class_weights(
         self,
         values: Tensor | None,  # (C,), or None: there are none
     ):
         "Use these class weights from now on"
-        self.class_weights = None if values is None else values.float().to(self.device)
+        self._put('class_weights', values)
+
+# %% ../../nbs/05_weights/04_sample_weights.ipynb #5f1ab048
+@patch
+def _put(self: WeightTable, name, values):
+    "Write into the tensor of this name, or put a new one there"
+    old = getattr(self, name)
+    if values is None and old is None:
+        return
+    if values is not None and old is not None and values.shape == old.shape:
+        old.copy_(values)
+        return
+    setattr(self, name, None if values is None else values.to(self.device, torch.float32, copy=True))
+    self.version += 1
 
 # %% ../../nbs/05_weights/04_sample_weights.ipynb #8687a2d1
 @patch
@@ -140,7 +153,7 @@ def positions(
     "Positions of a batch; an unknown training sample is remembered for `check`"
     place, known = self.samples.positions(batch)
     held_out = batch.get('held_out', torch.zeros_like(known))
-    self.unknown = self.unknown | ~(known | held_out).all()
+    self.unknown.logical_or_(~(known | held_out).all())
     return place, known
 
 # %% ../../nbs/05_weights/04_sample_weights.ipynb #e8555b1d
@@ -152,7 +165,7 @@ def read(
 ) -> Tensor:  # (b,), one for those that are not in the table
     "Values of the samples of a batch"
     place, known = self.positions(batch)
-    return torch.where(known, values[place], 1.0)
+    return values[place].masked_fill(~known, 1.0)
 
 # %% ../../nbs/05_weights/04_sample_weights.ipynb #9437a33e
 @patch
