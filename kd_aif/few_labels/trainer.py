@@ -246,7 +246,8 @@ def save(
     if checkpoint is None:
         return
     block_seconds, self.block_start = now - self.block_start, now
-    stop = checkpoint.stop is not None and done < self.training.steps and checkpoint.stop(block_seconds)
+    asked = checkpoint.stop is not None and checkpoint.stop(block_seconds)
+    stop = asked and done < self.training.steps  # a finished run is not left
     if stop or now - self.written >= checkpoint.seconds:
         parts = {k: p.state_dict() for k, p in _parts(self).items()}
         progress = dict(step=done, history=self.history, seconds=self.watch.seconds)

@@ -7,36 +7,45 @@ __all__ = ['QueueSettings', 'plan_table', 'kd_aif_queue']
 
 # %% ../../nbs/12_queue/08_cli.ipynb #d314960e
 import dataclasses
-import math
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from fastcore.basics import patch
 from fastcore.script import anno_parser
 
+from ..data.sources import load_images
 from ..experiments.options import check_folder, plain_errors
 from ..foundation.core import cache_dir, check_positive, check_whole
+
+# %% ../../nbs/12_queue/08_cli.ipynb #16717e01
 from .entries import Entry
-from .estimates import entry_flops, estimate, measured_rate
+from .estimates import entry_flops, estimate, measured_rate, Rate
 from .packs import PackLimits
 from .queues import queue_entries
-from .sittings import done_names, run_sitting, shared_gpu, workers_that_fit
-from .transfer import note_sitting, pack_home, pack_parts, PartSettings, receive, unpack_home
+from .sittings import done_names, look_at_machine, run_sitting, shared_gpu, workers_that_fit
+from kd_aif.queue.transfer import (
+    next_entries,
+    note_sitting,
+    pack_home,
+    pack_parts,
+    PartSettings,
+    receive,
+    unpack_home,
+)
 from .workers import Sitting
-from ..reporting.origins import run_origin
 from ..reporting.records import markdown_table
 
 # %% ../../nbs/12_queue/08_cli.ipynb #02b9a2e8
 @dataclass(frozen=True)
 class QueueSettings:
-    "Plan, pack, run and unpack the runs that wait for a GPU; what has a record is skipped, what was interrupted goes on"
+    "Plan, pack, run and unpack the runs that wait for a GPU; done ones are skipped, interrupted ones go on"
 
     what: str  # 'plan' (print the queue), 'pack' (for a transfer), 'run', or 'unpack' (what came home)
     queue: str = 'full'  # 'full' (the full tier) or 'smoke' (digits, a minute on a CPU)
-    records: str = 'reports/results'  # folder of the records
+    records: str = None  # folder of the records; default reports/results, of the small queue below `folder`
     folder: str = None  # folder of teachers, unfinished runs, logs; default $KD_AIF_QUEUE, else in the cache
     data: str = None  # folder of the data sets; default $KD_AIF_DATA
     packs: str = None  # pack: gets the parts; run: gets what goes home; unpack: what came home
@@ -65,6 +74,8 @@ def _check(s):
     for path in (s.records, s.folder, s.packs):
         if path is not None:
             check_folder(path)
+    if s.data is not None and not Path(s.data).is_dir():
+        raise ValueError(f"data is {s.data!r}, which is no folder; give the folder of the data sets")
 
 
 _PACKS = dict(pack='which gets the parts', unpack='the folder that came home')
@@ -76,8 +87,8 @@ def entries(self: QueueSettings) -> tuple:  # of `Entry`
     found = queue_entries(self.queue)
     if self.only is None:
         return found
-    words = [word.strip() for word in self.only.split(',')]
-    chosen = {e.name for e in found if any(word in e.name for word in words)}
+    words = re.compile('|'.join(re.escape(word.strip()) for word in self.only.split(',')))
+    chosen = {e.name for e in found if words.search(e.name)}
     chosen |= {e.needs for e in found if e.name in chosen}
     if not chosen:
         raise ValueError(f"only is {self.only!r}, which is in no name; see kd_aif_queue plan")
@@ -87,20 +98,20 @@ def entries(self: QueueSettings) -> tuple:  # of `Entry`
 @patch
 def sitting(self: QueueSettings) -> Sitting:  # that ends when the minutes are over
     "Where the queue reads and writes"
-    folder = self.folder or os.environ.get('KD_AIF_QUEUE') or str(cache_dir() / 'queue')
+    folder = Path(self.folder or os.environ.get('KD_AIF_QUEUE') or cache_dir() / 'queue').expanduser()
+    records = self.records or ('reports/results' if self.queue == 'full' else str(folder / 'records'))
     data = self.data or os.environ.get('KD_AIF_DATA')
     deadline = time.time() + 60 * self.minutes
-    places = str(Path(folder).expanduser()), self.records, data
-    return Sitting(self.queue, *places, deadline, self.seconds, self.threads)
+    return Sitting(self.queue, str(folder), records, data, deadline, self.seconds, self.threads)
 
 # %% ../../nbs/12_queue/08_cli.ipynb #69bc9258
 def plan_table(
     entries,  # of `Entry`
     done: set,  # names of those that are done
-    records: str | Path,  # folder of the records, for the rate
+    rate: Rate,  # of the machine
 ) -> str:  # Markdown
     "Every open entry with its estimate and how it was made"
-    rate, rows, total = measured_rate(records), [], 0.0
+    rows, total = [], 0.0
     for number, entry in enumerate(entries, 1):
         if entry.name in done:
             continue
@@ -118,18 +129,19 @@ def plan_table(
         else 'everything is done'
     )
 
-
+# %% ../../nbs/12_queue/08_cli.ipynb #da1c276e
 def _plan(s):
     "What waits"
     sitting, entries = s.sitting(), s.entries()
-    print(plan_table(entries, done_names(entries, sitting), s.records))
+    device = None if s.queue == 'full' else look_at_machine().name
+    print(plan_table(entries, done_names(entries, sitting), measured_rate(sitting.records, device)))
 
 # %% ../../nbs/12_queue/08_cli.ipynb #32873d6a
 def _size(folder):
     files = [p for p in Path(folder).rglob('*') if p.is_file()]
     return f'{len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB'
 
-
+# %% ../../nbs/12_queue/08_cli.ipynb #4e8c0255
 def _pack(s):
     "Parts for a transfer"
     settings = PartSettings(s.queue, 60 * s.minutes, int(1e6 * s.megabytes), s.wheels)
@@ -139,11 +151,11 @@ def _pack(s):
     print('on the other machine: bash part-N/run.sh receive, for each part; then')
     print(f'bash part-1/run.sh run --queue {s.queue} --minutes {s.minutes:g} --packs WHAT_COMES_HOME')
 
-
+# %% ../../nbs/12_queue/08_cli.ipynb #e9bea040
 def _unpack(s):
     "What came home"
     new, others, incomplete = unpack_home(s.packs, s.sitting())
-    print(f'{new} new records in {s.records}, {others} files of teachers and unfinished runs')
+    print(f'{new} new records in {s.sitting().records}, {others} files of teachers and unfinished runs')
     if incomplete:
         print(f'not complete, and left out: {", ".join(incomplete)}')
 
@@ -151,31 +163,34 @@ def _unpack(s):
 def _limits(s):
     return PackLimits(total_bytes=int(1e6 * s.megabytes))
 
+# %% ../../nbs/12_queue/08_cli.ipynb #77310a06
+def _decode(entries, sitting, seconds):
+    "Decode the images that come next once, before many processes do"
+    coming = next_entries(entries, sitting, seconds)
+    for name, label in dict.fromkeys((e.task.dataset, getattr(e.task, 'label', None)) for e in coming):
+        for split in ('train', 'test'):
+            load_images(name, split, sitting.data, label=label, progress=False)
 
-def _device():
-    "Name of the device, and whether it is a GPU"
-    gpu = torch.cuda.is_available()
-    return (torch.cuda.get_device_name() if gpu else run_origin()['device']), gpu
-
-
+# %% ../../nbs/12_queue/08_cli.ipynb #c30ef0d5
 def _run(s):
     "Work until the time is over"
-    sitting, entries, start = s.sitting(), s.entries(), time.time()
+    sitting, entries, start, left_out = s.sitting(), s.entries(), time.time(), []
     receive(sitting.folder)
-    left_out = []
+    _decode(entries, sitting, 60 * s.minutes)
+    machine = look_at_machine()
+    workers = s.workers or workers_that_fit(machine, s.threads)
 
     def pack(progress):
         if s.packs is not None:
             left_out[:] = pack_home(entries, sitting, s.packs, _limits(s))
 
-    workers = s.workers or workers_that_fit(s.threads)
-    with shared_gpu(sitting.folder) as how:
-        print(f'{workers} side by side on {_device()[0]}, {how}, for {s.minutes:g} minutes', flush=True)
+    with shared_gpu(sitting.folder, machine) as how:
+        print(f'{workers} side by side on {machine.name}, {how}, for {s.minutes:g} minutes', flush=True)
         early = dataclasses.replace(sitting, deadline=sitting.deadline - min(20.0, 6 * s.minutes))
         progress = run_sitting(entries, early, workers, pack)
     flops = sum(progress.fraction(e) * entry_flops(e) for e in entries if e.name in progress.outcomes)
     if flops:
-        note_sitting(sitting, *_device(), time.time() - start, flops)
+        note_sitting(sitting, machine.name, machine.gpu, time.time() - start, flops)
         pack(progress)
     print(f'\n{progress.table()}')
     if left_out:
@@ -192,8 +207,7 @@ def _from_command_line():
 
 
 def kd_aif_queue(
-    what: str
-    | None = None,  # 'plan', 'pack', 'run' or 'unpack', see `QueueSettings`; None: read the command line
+    what: str | None = None,  # see `QueueSettings`; None: read the command line
     **options,  # other fields of `QueueSettings`
 ) -> None:
     "Plan, pack, run and unpack the runs that wait for a GPU; see `QueueSettings`"

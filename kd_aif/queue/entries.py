@@ -92,7 +92,7 @@ def entries_of_run(
     run = Entry(name, group, experiment, task, method, needs=teacher.name if teacher else '')
     return [teacher, run] if teacher else [run]
 
-
+# %% ../../nbs/12_queue/02_entries.ipynb #78637729
 def without_repetition(
     entries,  # of `Entry`
 ) -> list:  # each name once, where it first stands; raises `ValueError` where one name means two things
@@ -169,7 +169,7 @@ def _train_teacher(entry, places):
     files = [path.name, path.with_suffix('.json').name]
     atomic_write(entry.marker(places.storage), json.dumps(dict(files=files, seconds=seconds)))
 
-
+# %% ../../nbs/12_queue/02_entries.ipynb #b9e8cb64
 @patch
 def run(
     self: Entry,

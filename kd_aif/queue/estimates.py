@@ -115,7 +115,7 @@ SITTINGS = 'sittings.jsonl'  # file of the sittings, in the folder of the record
 def measured_rate(
     records: str | Path,  # folder of the records
     device: str | None = None,  # name of the device; None: any GPU
-) -> Rate:
+) -> Rate:  # of all runs together
     "Rate of the last sitting, or the older one"
     path = Path(records) / SITTINGS
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -140,7 +140,7 @@ def estimate(
     entry: Entry,  # a run or a teacher
     rate: Rate,  # of the machine
     count: Callable = entry_flops,  # count(entry) -> operations
-) -> Estimate:
+) -> Estimate:  # with the words how it was made
     "Operations over rate"
     flops = count(entry)
     words = f'{flops / 1e15:.2f} PFLOP' if flops > 1e13 else f'{flops / 1e12:.3f} TFLOP'

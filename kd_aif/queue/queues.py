@@ -96,7 +96,7 @@ def smoke_queue() -> tuple:  # of `Entry`
         ]
     return tuple(without_repetition([entry for run in found for entry in run]))
 
-
+# %% ../../nbs/12_queue/03_queues.ipynb #7c795c2f
 QUEUES = dict(full=full_tier, smoke=smoke_queue)  # name -> function that gives the entries
 
 

@@ -192,7 +192,7 @@ def _assign(sizes, part_bytes):
         left[place] -= size
     return parts
 
-
+# %% ../../nbs/12_queue/07_transfer.ipynb #e176925e
 def _write_parts(stage, out, part_bytes):
     "Move the files of the stage into parts"
     files = [p for p in stage.rglob('*') if p.is_file()]
@@ -265,7 +265,7 @@ def _new_records(entries, sitting):
                 atomic_write(folder / names[-1], json.dumps(dataclasses.asdict(record)))
     return names
 
-
+# %% ../../nbs/12_queue/07_transfer.ipynb #b7920ebf
 def pack_home(
     entries,  # of `Entry`, the whole queue
     sitting: Sitting,  # whose folder
@@ -310,7 +310,7 @@ def _join_sittings(sitting):
     if lines:
         atomic_write(path, '\n'.join(lines) + '\n')
 
-
+# %% ../../nbs/12_queue/07_transfer.ipynb #25dbde9a
 def note_sitting(
     sitting: Sitting,  # whose folder
     device: str,  # its name

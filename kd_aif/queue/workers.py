@@ -91,7 +91,7 @@ class Outcome:
     accuracy: float | None = None  # of the student, on the test set
     message: str = ''  # of the error
 
-
+# %% ../../nbs/12_queue/05_workers.ipynb #3195768f
 def work(
     entry: Entry,  # what to do
     sitting: Sitting,  # where, and until when
