@@ -112,6 +112,33 @@ def workers_that_fit(
     return int(max(1, min(_MOST, cores - 1, machine.memory // _BYTES_A_RUN)))
 
 # %% ../../nbs/12_queue/06_sittings.ipynb #23ec2b83
+_MPS = 'CUDA_MPS_PIPE_DIRECTORY', 'CUDA_MPS_LOG_DIRECTORY'
+_TRIAL = 'import torch; print(float(torch.ones(8, device="cuda").sum()))'
+
+
+def _command(*command, **options):
+    "Whether a command succeeds within a minute"
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, **options).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def _start_service(control, folder):
+    "Whether the service runs and a process finds the GPU through it"
+    for name in _MPS:
+        path = Path(folder).absolute() / name.lower()
+        path.mkdir(parents=True, exist_ok=True)
+        os.environ[name] = str(path)
+    return _command(control, '-d') and _command(sys.executable, '-c', _TRIAL)
+
+# %% ../../nbs/12_queue/06_sittings.ipynb #40314b88
+def _end_service(control):
+    _command(control, input='quit\n')
+    for name in _MPS:
+        os.environ.pop(name, None)
+
+
 @contextmanager
 def shared_gpu(
     folder: str | Path,  # for its pipes and logs
@@ -122,21 +149,14 @@ def shared_gpu(
     if not machine.gpu or control is None:
         yield 'without multi-process service' if machine.gpu else 'no GPU'
         return
-    for name in ('pipe', 'log'):
-        path = Path(folder).absolute() / f'mps-{name}'
-        path.mkdir(parents=True, exist_ok=True)
-        os.environ[f'CUDA_MPS_{name.upper()}_DIRECTORY'] = str(path)
-    started = subprocess.run([control, '-d'], capture_output=True, text=True, timeout=30)
+    works = _start_service(control, folder)
+    if not works:
+        _end_service(control)
     try:
-        yield (
-            'with multi-process service'
-            if started.returncode == 0
-            else f'no service: {started.stderr.strip()}'
-        )
+        yield f'{"with" if works else "without (it does not work here)"} multi-process service'
     finally:
-        subprocess.run([control], input='quit\n', capture_output=True, text=True, timeout=30)
-        for name in ('PIPE', 'LOG'):
-            os.environ.pop(f'CUDA_MPS_{name}_DIRECTORY', None)
+        if works:
+            _end_service(control)
 
 # %% ../../nbs/12_queue/06_sittings.ipynb #d3861260
 @dataclass

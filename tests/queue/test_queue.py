@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import kd_aif.experiments.context as context_module
+import kd_aif.queue.sittings as sittings_module
 from kd_aif.data.sources import load_images
 from kd_aif.experiments.expected_runs import EXPECTED
 from kd_aif.experiments.storage import Storage
@@ -182,7 +183,18 @@ def test_teachers_that_nobody_needs_are_not_open(tmp_path):
 def command(folder, *options):
     program = 'from kd_aif.queue.cli import kd_aif_queue; kd_aif_queue()'
     places = ['--folder', folder / 'queue', '--records', folder / 'records', '--packs', folder / 'home']
-    sizes = ['--queue', 'smoke', '--only', 'twice-s0,elr-s0,freematch-s0', '--seconds', '0.01', '--workers', '2', '--minutes', '5']
+    sizes = [
+        '--queue',
+        'smoke',
+        '--only',
+        'twice-s0,elr-s0,freematch-s0',
+        '--seconds',
+        '0.01',
+        '--workers',
+        '2',
+        '--minutes',
+        '5',
+    ]
     return [sys.executable, '-W', 'ignore', '-c', program, 'run', *map(str, [*places, *sizes, *options])]
 
 
@@ -473,3 +485,36 @@ def test_incomplete_files_are_left_out_and_named(tmp_path):
     (tmp_path / 'home' / 'pack-0.safetensors').unlink()
     assert unpack_home(tmp_path / 'home', sitting) == (0, 0, ['states/a.safetensors'])
     assert not (Path(sitting.folder) / 'states').exists()
+
+
+# NVIDIA's multi-process service, by a program that stands for it
+
+
+CONTROL = """#!/bin/sh
+echo "$@ $CUDA_MPS_PIPE_DIRECTORY" >> {log}
+[ "$1" = -d ] || cat >> {log}
+exit {status}
+"""
+
+
+@pytest.mark.parametrize('status, gpu_found', [(0, True), (1, True), (0, False)])
+def test_the_service_is_used_where_it_works_and_ended_in_any_case(status, gpu_found, tmp_path, monkeypatch):
+    log, control = tmp_path / 'log', tmp_path / 'bin' / 'nvidia-cuda-mps-control'
+    control.parent.mkdir()
+    control.write_text(CONTROL.format(log=log, status=status))
+    control.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{control.parent}:{os.environ["PATH"]}')
+    monkeypatch.setattr(sittings_module, '_TRIAL', 'pass' if gpu_found else 'raise SystemExit(1)')
+    works = status == 0 and gpu_found
+    with sittings_module.shared_gpu(tmp_path, Machine('gpu', 80e9)) as how:
+        assert how.startswith('with ') == works
+        assert ('CUDA_MPS_PIPE_DIRECTORY' in os.environ) == works
+    assert 'CUDA_MPS_PIPE_DIRECTORY' not in os.environ
+    lines = log.read_text().splitlines()
+    assert lines[0].startswith('-d ') and lines.count('quit') == 1
+
+
+def test_without_a_gpu_no_service_is_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, 'run', lambda *_, **__: pytest.fail('something is started'))
+    with sittings_module.shared_gpu(tmp_path, Machine('x')) as how:
+        assert how == 'no GPU'
