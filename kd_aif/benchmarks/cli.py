@@ -13,8 +13,9 @@ import torch
 from fastcore.basics import patch
 from fastcore.script import anno_parser, store_true
 
-from .cost import cost_table, influence_bench
+from .cost import check_rows, cost_table, influence_bench
 from .fidelity import lds_bench, lds_table
+from .full_size import make_scoring_task, run_scoring_task, scoring_line, SCORING_WAYS
 from .influence_tasks import InfluenceTask, RefitTask
 from .loop import loop_bench, loop_line, loop_table
 from .reference_libraries import REFERENCE_LIBRARIES
@@ -30,10 +31,10 @@ class BenchSettings:
     """Benchmark influence scores against exact ones, other libraries and retraining, one record per row;
     rows that have a record are skipped"""
 
-    what: str  # 'influence' (cost), 'lds' (retraining), 'loop' (training loop) or 'ssl' (few labels)
-    model: str = None  # network: cnn16 (default), resnet20, ...; loop: student; ssl: from the tier
+    what: str  # influence (cost), lds (retraining), loop (training), ssl (few labels) or full (full size)
+    model: str = None  # network: cnn16 (default), resnet20, ...; loop: student; ssl, full: from the tier
     teacher: str = 'cnn32'  # loop: name of the teacher
-    dataset: str = 'cifar10'  # data set; digits needs no files
+    dataset: str = None  # data set, default cifar10 (full: from the tier); digits needs no files
     damping: str = '0.1'  # λ, a number or 'auto'
     rows: str = None  # names of rows, separated by commas; default all (libraries only with --peers)
     peers: store_true = False  # the libraries of `pip install "kd_aif[bench]"` too
@@ -42,11 +43,11 @@ class BenchSettings:
     seeds: int = 4  # lds: models for each of them
     processes: int = 1  # lds: models that are trained at the same time; loop: loops side by side
     device: str = None  # loop: cuda or cpu; default cuda where there is one
-    tier: str = None  # loop: size of the data set, smoke, lite or full; default the first it has
+    tier: str = None  # loop, full: size, smoke, lite or full; default the first it has
     compile: store_true = False  # loop: compile the forward passes
-    n_train: int = None  # training images, default 2000 (influence) or 1000 (lds)
-    n_val: int = None  # validation images, default 500
-    epochs: int = None  # of the training, default 15
+    n_train: int = None  # training images, default 2000 (influence), 1000 (lds) or from the tier (full)
+    n_val: int = None  # validation images, default 500; full: from the tier
+    epochs: int = None  # of the training, default 15; full: from the tier
     threads: int = 1  # threads of PyTorch
     channels_first: store_true = False  # influence: images and weights channels first, as PyTorch makes them
     out: str = 'reports/results'  # folder of the records
@@ -79,10 +80,13 @@ def changes(self: BenchSettings) -> dict:  # fields of a task
     return {k: v for k, v in given.items() if v is not None}
 
 # %% ../../nbs/11_benchmarks/18_cli.ipynb #18-bench-014
+_DATASET = 'cifar10'  # where none is given
+
+
 def _run_influence(s):
     "Cost and fidelity"
     names = s.names or [*SCORING, *SOLVERS, *(REFERENCE_LIBRARIES if s.peers else ())]
-    task = InfluenceTask(s.dataset, s.model or 'cnn16', **s.changes)
+    task = InfluenceTask(s.dataset or _DATASET, s.model or 'cnn16', **s.changes)
     options = dict(channels_first=s.channels_first)
     records, missing = influence_bench(task, s.lam, names, s.repeats, s.out, **options)
     scoring = {n for n in names if ROWS[n].kind == 'scoring'}
@@ -95,7 +99,7 @@ def _run_influence(s):
 # %% ../../nbs/11_benchmarks/18_cli.ipynb #18-bench-016
 def _run_lds(s):
     "Comparison with retraining"
-    task = RefitTask(s.dataset, s.model or 'cnn16', **dict(rate=0.4) | s.changes)
+    task = RefitTask(s.dataset or _DATASET, s.model or 'cnn16', **dict(rate=0.4) | s.changes)
     records, missing = lds_bench(task, s.lam, s.names, s.subsets, s.seeds, s.processes, s.out)
     print()
     print(lds_table(records, [(n, s.lam) for n in missing], missing))
@@ -104,7 +108,7 @@ def _run_lds(s):
 def _run_loop(s):
     "The training loop beside its bare passes"
     options = dict(teacher=s.teacher, student=s.model or 'cnn16', n_train=s.n_train, n_val=s.n_val)
-    task = make_task(s.dataset, s.tier, compile=s.compile, **options)
+    task = make_task(s.dataset or _DATASET, s.tier, compile=s.compile, **options)
     record = loop_bench(task, s.repeats, out=s.out, device=s.device, processes=s.processes)
     print(loop_line(record))
     print()
@@ -113,11 +117,24 @@ def _run_loop(s):
 # %% ../../nbs/11_benchmarks/18_cli.ipynb #18-bench-020
 def _run_ssl(s):
     "A step with few labels beside one of FixMatch"
-    task = make_ssl_task(s.dataset, student=s.model)
+    task = make_ssl_task(s.dataset or _DATASET, student=s.model)
     print(ssl_cost_line(ssl_cost_bench(task, rounds=s.repeats, out=s.out)))
 
+# %% ../../nbs/11_benchmarks/18_cli.ipynb #8144c9a7
+def _run_full(s):
+    "Scores of all training images"
+    task = make_scoring_task(s.tier or 'smoke', s.model, **s.changes)
+    if s.dataset not in (None, task.dataset):
+        raise ValueError(
+            f"dataset is {s.dataset!r}; tier {task.tier} scores {task.dataset}: leave dataset out"
+        )
+    ways = s.names or list(SCORING_WAYS)
+    check_rows(ways, SCORING_WAYS)
+    for way in ways:
+        print(scoring_line(run_scoring_task(task, way, out=s.out, progress=False)[0]), flush=True)
 
-_RUNS = dict(influence=_run_influence, lds=_run_lds, loop=_run_loop, ssl=_run_ssl)
+
+_RUNS = dict(influence=_run_influence, lds=_run_lds, loop=_run_loop, ssl=_run_ssl, full=_run_full)
 
 # %% ../../nbs/11_benchmarks/18_cli.ipynb #18-bench-022
 def _from_command_line():
@@ -134,7 +151,7 @@ def kd_aif_bench(
     with plain_errors():
         s = _from_command_line() if what is None else BenchSettings(what, **options)
         if s.what not in _RUNS:
-            raise ValueError(f"what is {s.what!r}; use 'influence', 'lds', 'loop' or 'ssl'")
+            raise ValueError(f"what is {s.what!r}; use 'influence', 'lds', 'loop', 'ssl' or 'full'")
         check_folder(s.out)
         s.lam  # a damping that cannot be read is found before anything is run
         torch.set_num_threads(s.threads)

@@ -297,9 +297,12 @@ def _recordable(fit, number):
         trainer, loss_of = fit.learners()[number]
         batch = fit.plan.make(recipe)
         logits, losses, mean = trainer.weighted_loss(batch, loss_of(batch), None)
+        found = gradients_of(mean, trainer.parameters)
         if trainer is fit.trainer:
             fit.count(logits, losses, batch['y'])
-        return gradients_of(mean, trainer.parameters)
+            if hasattr(fit.objective.label_loss, 'after_step'):
+                fit.objective.label_loss.after_step(logits, batch)
+        return found
 
     return gradients
 
@@ -308,6 +311,7 @@ def _networks(fit):
     "All modules that take part in a step"
     auxiliary, label_loss = fit.objective.auxiliary, fit.objective.label_loss
     found = [fit.model, fit.teacher, label_loss, None if auxiliary is None else auxiliary.loss]
+    found += getattr(label_loss, 'networks', ())
     return [o for o in found if isinstance(o, nn.Module)]
 
 # %% ../../nbs/06_distillation/03b_captured_step.ipynb #a885dc25

@@ -122,7 +122,8 @@ def bootstrapping_loss(
             soft_labels = forward(previous_teacher, batch).softmax(1)
         return p * label_loss(logits, batch) - (1 - p) * (soft_labels * logits.log_softmax(1)).sum(1)
 
-    return static(loss) if is_static(label_loss) and is_static(forward) else loss
+    loss.networks = (previous_teacher,)
+    return static(loss) if all(map(is_static, (label_loss, probability, forward))) else loss
 
 # %% ../../nbs/06_distillation/02_objective.ipynb #8f14e3a2
 def autocast_forward(
@@ -138,4 +139,4 @@ def autocast_forward(
             outputs = forward(model, batch)
         return [o.float() for o in outputs] if isinstance(outputs, list) else outputs.float()
 
-    return lower
+    return static(lower) if is_static(forward) else lower

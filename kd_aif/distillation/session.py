@@ -23,7 +23,7 @@ from .run_weights import RunWeights
 from .scoring import OnlineWeights
 from .trainer import Fit, Training
 from ..foundation.batches import model_device
-from ..foundation.core import Stopwatch
+from ..foundation.core import static, Stopwatch
 
 # %% ../../nbs/06_distillation/10_session.ipynb #788af31c
 class Session:
@@ -235,7 +235,7 @@ def _probability(self: Session):
     p = torch.ones(len(weights.sample.all_weights))
     p[: weights.sample.n] = weights.sample.calibration.probability
     p = p.to(weights.table.device)
-    return lambda batch: weights.table.read(p, batch)
+    return static(lambda batch: weights.table.read(p, batch))
 
 # %% ../../nbs/06_distillation/10_session.ipynb #28cf1c0d
 @patch

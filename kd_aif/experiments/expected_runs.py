@@ -57,6 +57,7 @@ _HUMAN = (
 # %% ../../nbs/10_experiments/17b_expected_runs.ipynb #3246b28d
 _FEW = ('none', 0.0, '', 'wrn_28_2', None, ('supervised', 'fixmatch', 'freematch', 'mpl', 'kd_aif_ssl'), (0,))
 _SCORED = 'resnet56', 'torchvision/mobilenet_v2'
+_WAYS = 'last_layer', 'woodbury', 'cg'
 _SCORING = '25_full_size', 'cifar100', '', 0.0, ''
 
 EXPECTED = (
@@ -64,7 +65,7 @@ EXPECTED = (
     ExpectedRuns('21_cifar10_4k', 'cifar10', *_FEW, 'CIFAR-10, 4,000 labels, wrn_28_2'),
     ExpectedRuns('22_svhn_1k', 'svhn', *_FEW, 'SVHN, partial, 1,000 labels, wrn_28_2', 'SVHN, partial'),
     ExpectedRuns('24_human', 'cifar10', *_HUMAN),
-    *(ExpectedRuns(*_SCORING, name, None, (), (0,), f'CIFAR-100, {name}') for name in _SCORED),
+    *(ExpectedRuns(*_SCORING, name, None, _WAYS, (0,), f'CIFAR-100, {name}') for name in _SCORED),
 )
 
 # %% ../../nbs/10_experiments/17b_expected_runs.ipynb #44d17335

@@ -35,7 +35,7 @@ TITLES = {
     '21_cifar10_4k': 'CIFAR-10 with 4,000 labels',
     '22_svhn_1k': 'SVHN, partial, with 1,000 labels',
     '24_human': 'CIFAR-10 with human labels',
-    SCORING: 'Influence scores of 50,000 images',
+    SCORING: 'Influence scores of CIFAR-100 at full size',
 }  # experiment -> heading
 
 # %% ../../nbs/10_experiments/17g_full_tier.ipynb #67cbf3e2

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['generator', 'seed_everything', 'random_state', 'set_random_state', 'default_device', 'evaluating', 'atomic_path',
-           'atomic_write', 'cache_dir', 'bar_options', 'Stopwatch', 'peak_memory', 'check_whole', 'check_fraction',
-           'check_positive', 'static', 'is_static']
+           'atomic_write', 'cache_dir', 'bar_options', 'wall_seconds', 'Stopwatch', 'peak_memory', 'check_whole',
+           'check_fraction', 'check_positive', 'static', 'is_static']
 
 # %% ../../nbs/01_foundation/01_core.ipynb #1246752e
 import hashlib
@@ -133,9 +133,11 @@ def bar_options(
     return {} if progress else dict(disable=True)
 
 # %% ../../nbs/01_foundation/01_core.ipynb #00-core-042
-def _synchronise():
+def wall_seconds() -> float:  # differences count, not the number itself
+    "Seconds of the clock, after the GPU has done all that it was told to do"
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    return perf_counter()
 
 # %% ../../nbs/01_foundation/01_core.ipynb #9670e9f1
 class Stopwatch:
@@ -151,13 +153,11 @@ class Stopwatch:
         phase: str,  # name of the phase
     ):  # a context manager
         "Time the block and add its seconds to `phase`, also when it fails."
-        _synchronise()
-        start = perf_counter()
+        start = wall_seconds()
         try:
             yield self
         finally:
-            _synchronise()
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + perf_counter() - start
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + wall_seconds() - start
 
 # %% ../../nbs/01_foundation/01_core.ipynb #461d9058
 @patch

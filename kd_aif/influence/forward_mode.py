@@ -140,6 +140,20 @@ class ForwardModeRules(TorchFunctionMode):
 
 # %% ../../nbs/04_influence/01_forward_mode.ipynb #e9d44ba2
 @contextmanager
+def _without_tf32():
+    "Convolutions and matrix products of float32 numbers in float32, on a GPU too"
+    places = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = False
+        yield
+    finally:
+        for place, allowed in zip(places, before):
+            place.allow_tf32 = allowed
+
+# %% ../../nbs/04_influence/01_forward_mode.ipynb #73ccf86d
+@contextmanager
 def measuring(
     model: nn.Module,  # the model whose derivatives are wanted
 ):  # a context manager
@@ -149,7 +163,8 @@ def measuring(
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with evaluating(model), torch.autocast(kind, enabled=False), sdpa_kernel(SDPBackend.MATH):
-            yield
+            with _without_tf32():
+                yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 

@@ -223,13 +223,21 @@ def root_rows(
     signs = torch.randint(2, (len(R), mc_samples, R.shape[1]), generator=draw) * 2 - 1
     return torch.einsum('bki,bij->kbj', signs.to(R), R) / mc_samples**0.5
 
+# %% ../../nbs/04_influence/03_sampled_rows.ipynb #a1ab9d6c
+def _numbers_to_hold(flat):
+    "How many numbers of the model's precision rows may have in memory"
+    if flat.device.type != 'cuda':
+        return 2**28
+    free, _ = torch.cuda.mem_get_info(flat.device)
+    return max(2**28, free // (4 * flat.dtype.itemsize))
+
 # %% ../../nbs/04_influence/03_sampled_rows.ipynb #2da025fb
 def sampled_rows(
     flat: FlatModel,  # model and loss
     batches: Iterable[dict],  # the samples
     mc_samples: int | None = 1,  # Monte-Carlo samples, rows for each sample; None: all C rows, exact
     seed: int = 0,  # seed of the signs
-    max_numbers: int = 2**28,  # hold the rows up to this many numbers (2²⁸: 1 GiB); compute more again
+    max_numbers: int | None = None,  # hold rows up to so many numbers; None: 2²⁸, on a GPU maybe more
 ) -> Rows:  # E UᵀU = G
     "Rows of the Gauss-Newton matrix; raises `ValueError` when there is no sample"
     parts, draw, n = [], generator(seed, 'rows'), 0
@@ -243,6 +251,7 @@ def sampled_rows(
             "batches: no sample for the curvature; give at least one batch, in a list or another re-iterable"
         )
     scaled = [(batch, w / n**0.5) for batch, w in parts]
+    max_numbers = _numbers_to_hold(flat) if max_numbers is None else max_numbers
     rows = StreamedRows(flat, scaled, min(64, max(1, max_numbers // (4 * flat.size))))
     return Rows(torch.cat(list(rows.tiles()))) if len(rows) * flat.size <= max_numbers else rows
 

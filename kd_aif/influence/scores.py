@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from fastcore.basics import patch
@@ -21,7 +20,7 @@ from torch import nn, Tensor
 
 # %% ../../nbs/04_influence/09_scores.ipynb #ed6f697b
 from ..foundation.batches import check_order, sample_batches
-from ..foundation.core import atomic_path
+from ..foundation.core import atomic_path, wall_seconds
 from .curvature import FlatModel, GaussNewton, mean_gradient
 from .directional import check_finite, check_mode, directional_scores
 from .forward_mode import measuring
@@ -185,20 +184,20 @@ def _last_layer_scores(model, loss, train, val, solver, target, val_loss, forwar
     _check_target(target)
     for name, batches in (('train', train), ('val', val)):
         _first_batch(name, batches)
-    times = [perf_counter()]
+    times = [wall_seconds()]
     held = last_layer_view(model, val_loss or loss, val, forward, progress=progress)
     if target == 'sample':
         _check_repeats('val', held.index, val)
     keep = _max_hessians(held.logits.shape[1], solver.n_samples if solver else None)
     view = last_layer_view(model, loss, train, forward, keep, progress)
     b = _view_gradient(held, target)
-    times.append(perf_counter())
+    times.append(wall_seconds())
     solution = (solver or last_layer_solver(view)).solve(LastLayerGaussNewton(view), b)
-    times.append(perf_counter())
+    times.append(wall_seconds())
     values = view.scores(solution.x)
     if target == 'posterior':
         values = (values * view.logits.softmax(-1)).sum(1)
-    times.append(perf_counter())
+    times.append(wall_seconds())
     return _with_solution(check_finite(values.cpu()), view.index.cpu(), target, solution, times)
 
 # %% ../../nbs/04_influence/09_scores.ipynb #497b9c52
@@ -310,19 +309,19 @@ def all_layer_scores(
 # %% ../../nbs/04_influence/09_scores.ipynb #cfc138c1
 def _scored(flat, flat_val, train, val, solver, target, n_classes, progress, options):
     "Gradient, solve and scoring pass of `all_layer_scores`"
-    times = [perf_counter()]
+    times = [wall_seconds()]
     b = _target_gradient(flat_val, val, target, n_classes)
-    times.append(perf_counter())
+    times.append(wall_seconds())
     solver = solver or all_layer_solver(1 if b.ndim == 1 else b.shape[1])
     solver, x0 = _warm_start(solver, options.start, b)
     solution = solver.solve(GaussNewton(flat, sample_batches(train, solver.n_samples)), b, x0)
-    times.append(perf_counter())
+    times.append(wall_seconds())
     values, index = directional_scores(flat, train, solution.x, options.mode, options.losses, progress)
     if options.losses is not None:
         _check_repeats('train', index, train)
     if target == 'posterior':
         values = _posterior_mean(values, index, flat, train)
-    times.append(perf_counter())
+    times.append(wall_seconds())
     return _with_solution(values, index, target, solution, times, solution.inverse)
 
 # %% ../../nbs/04_influence/09_scores.ipynb #abe5a089

@@ -24,6 +24,7 @@ FAMILIES = {  # family -> what its methods are, in the order of tables and figur
     'online': 'teachers that train together with the student',
     'few_labels': 'semi-supervised methods',
     'oracle': 'oracles: they know which labels are wrong',
+    'score': 'ways to compute influence scores: they train nothing',
 }
 
 # %% ../../nbs/09_reporting/01_methods.ipynb #01-records-006

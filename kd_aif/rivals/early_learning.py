@@ -19,6 +19,8 @@ class EarlyLearning(nn.Module):
     """Cross-entropy and early-learning regularisation, as label loss of `distill`; a new one for each training.
     Liu et al. (2020), eqs. 6 and 9. Raises `ValueError` for settings outside their range, and in `check`."""
 
+    static = True  # a recorded step may hold it
+
     def __init__(
         self,
         samples: Tensor,  # (n,) stable indices of all that train, each once, int64
@@ -94,7 +96,7 @@ def after_step(
     new = self.next_target(logits, batch).to(self.target)
     place, known = find_positions(self.index, batch['index'])
     self.target[place] = torch.where(known[:, None], new, self.target[place])
-    self.unknown = self.unknown | ~known.all()
+    self.unknown.logical_or_(~known.all())
 
 # %% ../../nbs/07_rivals/03b_early_learning.ipynb #9e11a1bc
 @patch

@@ -93,6 +93,7 @@ def spherical_kd_loss(
     return T * T * _kl(teacher, student)
 
 # %% ../../nbs/07_rivals/08_logit_losses.ipynb #595aaea2
+@static
 def standardised_kd_loss(
     student_logits: Tensor,  # (b, c) logits of the student
     teacher_logits: Tensor,  # (b, c) logits of the teacher; no gradient flows into them
