@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
+from ..benchmarks.full_size import run_scoring_task, ScoringTask
 from ..experiments.methods import run_task
 from ..experiments.ssl_runs import run_ssl_task
 from ..experiments.ssl_tasks import SSLTask
@@ -67,17 +68,17 @@ OWN_TEACHER = 'ce', 'gce', 'elr', 'oracle', 'confident_learning'  # ask for no s
 
 def teacher_entry(
     group: str,  # heading
-    task: Task,  # the setting of a run
+    task,  # the setting of a run
     method: str,  # of the run
 ) -> Entry | None:  # None if it needs no shared teacher
     "The shared teacher that a run distils from"
-    if method in OWN_TEACHER:
+    scored = isinstance(task, ScoringTask)  # the network that is scored has not seen the validation samples
+    if isinstance(task, SSLTask) or (method in OWN_TEACHER and not scored):
         return None
-    with_val = method not in TRAIN_ONLY
-    student_free = dataclasses.replace(task, student=task.teacher)
+    with_val = method not in TRAIN_ONLY and not scored
+    setting = setting_name(task if scored else dataclasses.replace(task, student=task.teacher))
     kind = 'teacher' if with_val else 'teacher-train'
-    name = f'{setting_name(student_free)}-{kind}-s{task.seed}'
-    return Entry(name, group, TEACHER, task, TEACHER, with_val)
+    return Entry(f'{setting}-{kind}-s{task.seed}', group, TEACHER, task, TEACHER, with_val)
 
 # %% ../../nbs/12_queue/02_entries.ipynb #4268f201
 def entries_of_run(
@@ -87,7 +88,7 @@ def entries_of_run(
     method: str,  # short name
 ) -> list:  # of `Entry`: the teacher, if one is shared, then the run
     "The entries that a run needs"
-    teacher = teacher_entry(group, task, method) if isinstance(task, Task) else None
+    teacher = teacher_entry(group, task, method)
     name = f'{setting_name(task)}-{method}-s{task.seed}'
     run = Entry(name, group, experiment, task, method, needs=teacher.name if teacher else '')
     return [teacher, run] if teacher else [run]
@@ -148,6 +149,7 @@ def _run(run, entry, places):
 RUNNERS = {
     Task: partial(_run, run_task),
     SSLTask: partial(_run, run_ssl_task),
+    ScoringTask: partial(_run, run_scoring_task),
 }  # type of task -> run(entry, places)
 
 # %% ../../nbs/12_queue/02_entries.ipynb #8117c9c4
@@ -162,10 +164,11 @@ def marker(
 
 def _train_teacher(entry, places):
     "Train a shared teacher, or find it"
-    train, val, _ = task_data(entry.task, places.data, progress=False)
+    task = entry.task.training_task if isinstance(entry.task, ScoringTask) else entry.task
+    train, val, _ = task_data(task, places.data, progress=False)
     settings = entry.with_val, places.storage
-    _, seconds = trained_teacher(entry.task, train, val, *settings, progress=False)
-    path = teacher_path(entry.task, train, val, *settings)
+    _, seconds = trained_teacher(task, train, val, *settings, progress=False)
+    path = teacher_path(task, train, val, *settings)
     files = [path.name, path.with_suffix('.json').name]
     atomic_write(entry.marker(places.storage), json.dumps(dict(files=files, seconds=seconds)))
 

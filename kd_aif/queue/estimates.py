@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..benchmarks.full_size import ScoringTask
 from ..data.sources import data_source
 from ..experiments.ssl_tasks import SSLTask
 from ..experiments.tasks import Task
@@ -76,7 +77,22 @@ def _few_labels_flops(task, method):
     return task.steps * task.batch_size * passes * forward_flops(task.student, 10, channels, size)
 
 # %% ../../nbs/12_queue/04_estimates.ipynb #2d84c9d3
-COUNTERS = {Task: _distillation_flops, SSLTask: _few_labels_flops}  # type of task -> count(task, method)
+_SCORING_PASSES = 8  # about: gradients, curvature on a sample of the data, two passes of finite differences
+
+
+def _scoring_flops(task, method):
+    "Operations of the training of a network, or of its scores"
+    training = task.training_task
+    if method == TEACHER:
+        return _distillation_flops(training, TEACHER)
+    return _SCORING_PASSES / (3 * task.epochs) * _distillation_flops(training, TEACHER)
+
+# %% ../../nbs/12_queue/04_estimates.ipynb #0ae97d7c
+COUNTERS = {
+    Task: _distillation_flops,
+    SSLTask: _few_labels_flops,
+    ScoringTask: _scoring_flops,
+}  # type of task -> count(task, method)
 
 
 def entry_flops(

@@ -9,6 +9,7 @@ __all__ = ['STEPS', 'BLOCKS', 'QUEUES', 'table_entries', 'Block', 'full_tier', '
 import dataclasses
 from dataclasses import dataclass
 
+from ..benchmarks.full_size import make_scoring_task
 from ..experiments.expected_runs import EXPECTED, ExpectedRuns
 from ..experiments.ssl_tasks import make_ssl_task
 from ..experiments.tasks import make_task
@@ -34,6 +35,7 @@ def _few_labels_task(expected, seed):
 _TASKS = {
     '21_cifar10_4k': _few_labels_task,
     '22_svhn_1k': _few_labels_task,
+    '25_full_size': lambda expected, seed: make_scoring_task('full', expected.student, seed=seed),
 }  # experiment -> make(expected, seed)
 
 
@@ -80,20 +82,20 @@ def full_tier() -> tuple:  # of `Entry`, the most valuable first
 
 # %% ../../nbs/12_queue/03_queues.ipynb #1dbf9981
 _SMOKE = 'kd', 'kd_val', 'sigmoid_student', 'kd_aif_student', 'kd_aif_both', 'kd_aif_twice', 'elr', 'oracle'
+_SMOKE_BLOCKS = (
+    ('a. digits', make_task('digits', noise='symmetric', rate=0.3, epochs=6), _SMOKE),
+    ('d. few labels', make_ssl_task('digits', steps=100, every=20), ('fixmatch', 'freematch')),
+    ('e. influence', make_scoring_task('smoke'), ('last_layer', 'woodbury')),
+)
 
 
 def smoke_queue() -> tuple:  # of `Entry`
     "A queue of seconds"
-    digits = make_task('digits', noise='symmetric', rate=0.3, epochs=6)
-    few = make_ssl_task('digits', steps=100, every=20)
     found = []
     for seed in (0, 1):
-        task, short = (dataclasses.replace(t, seed=seed) for t in (digits, few))
-        found += [entries_of_run('a. digits', 'queue_smoke', task, method) for method in _SMOKE]
-        found += [
-            entries_of_run('d. few labels', 'queue_smoke', short, method)
-            for method in ('fixmatch', 'freematch')
-        ]
+        for group, task, methods in _SMOKE_BLOCKS:
+            task = dataclasses.replace(task, seed=seed)
+            found += [entries_of_run(group, 'queue_smoke', task, method) for method in methods]
     return tuple(without_repetition([entry for run in found for entry in run]))
 
 # %% ../../nbs/12_queue/03_queues.ipynb #7c795c2f

@@ -23,6 +23,7 @@ import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
+from ..benchmarks.full_size import ScoringTask
 from ..experiments.ssl_tasks import SSLTask
 from ..foundation.core import bar_options
 from .entries import Entry, TEACHER
@@ -60,6 +61,8 @@ def expected_epochs(
     task = entry.task
     if isinstance(task, SSLTask):
         return math.ceil(task.steps / (task.every or max(1, task.steps // 10)))
+    if isinstance(task, ScoringTask) and entry.method != TEACHER:
+        return 0
     trainings = 1 if entry.method == TEACHER else 1 + math.floor(TEACHERS_TRAINED.get(entry.method, 0))
     return getattr(task, 'epochs', 1) * (trainings + (entry.method == 'confident_learning'))
 
@@ -278,11 +281,11 @@ def fraction(
     entry: Entry,  # one of its entries
 ) -> float:  # 0 to 1
     "Which part of an entry was done in this sitting"
-    outcome = self.outcomes.get(entry.name)
-    epochs = epochs_done(self.sitting, entry.name, self.start)
-    if outcome is not None and outcome.state == 'done' and not epochs:
-        return 0.0
-    return min(1.0, epochs / expected_epochs(entry))
+    expected = expected_epochs(entry)
+    if not expected:
+        outcome = self.outcomes.get(entry.name)
+        return float(outcome is not None and outcome.state == 'done')
+    return min(1.0, epochs_done(self.sitting, entry.name, self.start) / expected)
 
 # %% ../../nbs/12_queue/06_sittings.ipynb #9d300ce2
 def _row(progress, entry):

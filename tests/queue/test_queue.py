@@ -20,7 +20,7 @@ import kd_aif.queue.sittings as sittings_module
 from kd_aif.data.sources import load_images
 from kd_aif.experiments.expected_runs import EXPECTED
 from kd_aif.experiments.storage import Storage
-from kd_aif.experiments.tasks import make_task
+from kd_aif.experiments.tasks import make_task, Task
 from kd_aif.queue.cli import kd_aif_queue, QueueSettings
 from kd_aif.queue.entries import Entry, OWN_TEACHER, Places, teacher_entry, TEACHER, TRAIN_ONLY
 from kd_aif.queue.estimates import BEFORE, entry_flops, estimate, measured_rate, Rate
@@ -81,7 +81,7 @@ def test_a_teacher_stands_before_the_runs_that_need_it(queue):
         seen.add(entry.name)
 
 
-ASKS = sorted({e.method for e in full_tier() if hasattr(e.task, 'teacher') and e.method != TEACHER})
+ASKS = sorted({e.method for e in full_tier() if isinstance(e.task, Task) and e.method != TEACHER})
 
 
 @pytest.mark.parametrize('method', ASKS)
@@ -162,7 +162,7 @@ def test_nothing_is_started_without_time_for_it(tmp_path):
     assert progress.outcomes == {} and '0 done before' in progress.table()
 
 
-@pytest.mark.parametrize('entry', smoke_queue()[:12], ids=lambda e: e.name)
+@pytest.mark.parametrize('entry', [e for e in smoke_queue() if e.task.seed == 0], ids=lambda e: e.name)
 def test_epochs_are_counted_as_expected(entry, tmp_path):
     sitting = smoke_sitting(tmp_path)
     if entry.needs:
