@@ -22,3 +22,14 @@ def cpu(monkeypatch):
 
     for module in ('task_data', 'ssl_tasks'):
         monkeypatch.setattr(f'kd_aif.experiments.{module}.default_device', lambda: torch.device('cpu'))
+
+
+@pytest.fixture
+def one_thread():
+    "One thread of PyTorch, so that sums are taken in one order."
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -27,6 +27,8 @@ from kd_aif.foundation.state_files import load_state
 from kd_aif.models.build import build_model
 from kd_aif.rivals.robust_losses import GeneralizedCrossEntropy
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 REFUSED = {'meta_weight_net', 'sigmoid_all_layers'}  # see `test_what_cannot_be_kept_is_refused`
 FEW_LABELS = {'supervised', 'supervised_all', 'pseudo_label', 'fixmatch', 'fixmatch_bfloat16', 'mean_teacher'}
 NO_TRAINING = {
@@ -39,14 +41,6 @@ NO_TRAINING = {
 }
 OTHERS = REFUSED | FEW_LABELS | NO_TRAINING | {'vat', 'meta_pseudo_labels', 'kd_aif_ssl'}
 GOLDEN = json.loads((Path(__file__).parents[1] / 'golden' / 'golden.json').read_text())
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Interrupting:

@@ -14,19 +14,13 @@ from kd_aif.experiments.ssl_tasks import make_ssl_task
 from kd_aif.experiments.storage import Storage, TRAINING_VERSION
 from kd_aif.experiments.tasks import make_task
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 TASK = dict(noise='symmetric', rate=0.3, epochs=3, student='cnn4', teacher='cnn8')
 METHODS = (
     'ce kd kd_val sigmoid_student kd_aif_student kd_aif_both kd_aif_twice oracle dkd dkd_aif lskd lskd_aif '
     'small_loss_calibrated_both confident_learning elr'
 ).split()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def leaving(folder):

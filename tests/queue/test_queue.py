@@ -46,16 +46,10 @@ from kd_aif.queue.transfer import (
 from kd_aif.queue.workers import Outcome, Sitting, work
 from kd_aif.reporting.record_files import load_records
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 DATA = os.environ.get('KD_AIF_DATA')
 needs_data = pytest.mark.skipif(not DATA, reason='needs KD_AIF_DATA')
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def bytes_in(folder):
