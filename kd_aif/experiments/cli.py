@@ -46,6 +46,7 @@ class Runs:
     experiment: str | None = None  # name in the records; default the data set and what the runs are about
     data: str | None = None  # folder of the data sets; default $KD_AIF_DATA
     out: str = 'reports/results'  # folder of the records
+    checkpoints: str | None = None  # folder of unfinished runs, which go on; default none is kept
     threads: int | None = None  # threads of PyTorch; default its own choice
     force: bool = False  # run again what has a record
 
@@ -97,9 +98,8 @@ def _report_line(record, run, out):
 # %% ../../nbs/10_experiments/19_cli.ipynb #19-cli-017
 def _run_all(runs, changes, few_labels):
     "One record for each seed and method"
-    make, train, storage = make_task, run_task, Storage()
-    if few_labels:
-        make, train, storage = make_ssl_task, run_ssl_task, Storage(checkpoints=runs.checkpoints)
+    make, train = (make_ssl_task, run_ssl_task) if few_labels else (make_task, run_task)
+    storage = Storage(checkpoints=runs.checkpoints)
     methods, records = _checked_methods(runs, runnable_methods(few_labels)), []
     for seed in range(runs.first_seed, runs.first_seed + runs.seeds):
         task = make(runs.dataset, runs.tier, seed=seed, **changes)

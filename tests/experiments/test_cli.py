@@ -476,6 +476,44 @@ def test_a_killed_run_with_few_labels_goes_on_from_its_checkpoint(tmp_path, cons
     ), 'it ends with the same numbers'
 
 
+@pytest.mark.parametrize('where', [3, 8])
+def test_an_interrupted_run_goes_on_from_its_checkpoint(where, tmp_path, console, monkeypatch):
+    "In the teacher's training, or in the student's"
+    from kd_aif.distillation.trainer import Fit
+
+    train, epochs = Fit.train_epoch, []
+
+    def broken(self, *args):
+        epochs.append(args)
+        if len(epochs) == where:
+            raise OSError('no space left')
+        return train(self, *args)
+
+    args = (
+        'kd_aif_run',
+        '--method',
+        'kd_aif_student',
+        '--seeds',
+        1,
+        '--epochs',
+        5,
+        '--noise',
+        'symmetric',
+        '--rate',
+        0.3,
+    )
+    monkeypatch.setattr(Fit, 'train_epoch', broken)
+    monkeypatch.setenv('KD_AIF_CACHE', str(tmp_path / 'cache'))
+    code, _, err = console(*args, '--out', 'results', '--checkpoints', 'states')
+    assert code == 2 and 'no space left' in err and len(files('states')) == 1 and not Path('results').exists()
+    assert console(*args, '--out', 'results', '--checkpoints', 'states')[0] == 0
+    assert len(epochs) == 11 and files('states') == []
+    monkeypatch.setenv('KD_AIF_CACHE', str(tmp_path / 'other'))
+    assert console(*args, '--out', 'whole')[0] == 0
+    (a,), (b,) = load_records('results'), load_records('whole')
+    assert a.history == b.history and a.metrics == b.metrics
+
+
 FEW_MISTAKES = {
     'dataset': (('--dataset', 'cifar100'), "dataset is 'cifar100'; use one of digits"),
     'method': (('--method', 'fixmatch,mixmatch'), 'method is mixmatch; use supervised'),

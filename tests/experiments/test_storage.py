@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from kd_aif.distillation.checkpoint import Stopped
 from kd_aif.experiments.methods import run_task
