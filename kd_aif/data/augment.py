@@ -12,6 +12,7 @@ import torch
 from fastcore.basics import patch
 
 from .sources import data_source
+from ..foundation.batches import upload
 
 # %% ../../nbs/02_data/04_augment.ipynb #02-data-082
 def _reflect(i, n):
@@ -41,7 +42,7 @@ class CropFlip:
     ) -> torch.Tensor:  # (b, c, h, w), channels-last
         "One random view of each image; raises ValueError when `padding` is too large for the images."
         draws = self.draw(len(x), generator, x.device)
-        return self.apply(x, draws.to(x.device, non_blocking=True))
+        return self.apply(x, upload(draws, x.device))
 
 # %% ../../nbs/02_data/04_augment.ipynb #26170434
 @patch

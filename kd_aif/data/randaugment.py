@@ -10,6 +10,7 @@ __all__ = ['OPERATIONS', 'brightness', 'color', 'contrast', 'sharpness', 'poster
 # %% ../../nbs/02_data/05_randaugment.ipynb #db8ed4d6
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from fastcore.basics import patch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as vision
 
 from .augment import augmentation_for
+from ..foundation.batches import upload
 from ..foundation.core import check_fraction, check_whole
 
 # %% ../../nbs/02_data/05_randaugment.ipynb #d90255b1
@@ -56,8 +58,13 @@ def _grey(x):
     "(b, 1, h, w) luminance in whole numbers, as floats"
     if x.shape[1] == 1:
         return x.float()
-    luminance = torch.tensor([0.2989, 0.587, 0.114], device=x.device)
-    return (x * luminance[:, None, None]).sum(1, keepdim=True).floor_()
+    return (x * _luminance(x.device)).sum(1, keepdim=True).floor_()
+
+
+@lru_cache(maxsize=8)
+def _luminance(device):
+    "(3, 1, 1) part of each colour; sent to a device once, since sending numbers makes it wait"
+    return torch.tensor([0.2989, 0.587, 0.114], device=device)[:, None, None]
 
 # %% ../../nbs/02_data/05_randaugment.ipynb #4bfa592f
 def color(
@@ -149,8 +156,12 @@ def affine(
 # %% ../../nbs/02_data/05_randaugment.ipynb #a82b1f56
 def _matrix(like, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
     "(n, 2, 3) from numbers or (n,) tensors, row by row"
-    entries = [torch.as_tensor(o, dtype=torch.float32, device=like.device) for o in (a, b, c, d, e, f)]
-    return torch.stack([o.expand(len(like)) for o in entries], 1).view(-1, 2, 3)
+    n, device = len(like), like.device
+    entries = [
+        o.to(device, torch.float32).expand(n) if isinstance(o, Tensor) else torch.full((n,), o, device=device)
+        for o in (a, b, c, d, e, f)
+    ]
+    return torch.stack(entries, 1).view(-1, 2, 3)
 
 # %% ../../nbs/02_data/05_randaugment.ipynb #69dd1ad8
 def rotate(
@@ -256,19 +267,20 @@ def __call__(
 
 # %% ../../nbs/02_data/05_randaugment.ipynb #d765c385
 def _random(n, x, generator):
-    "(n, b) uniform numbers, drawn on the generator's device and moved to that of the images"
+    "(n, b) uniform numbers on the generator's device, or on that of the images"
     device = generator.device if generator else x.device
-    return torch.rand(n, len(x), generator=generator, device=device).to(x.device)
+    return torch.rand(n, len(x), generator=generator, device=device)
 
 # %% ../../nbs/02_data/05_randaugment.ipynb #75632d84
 @patch
 def _apply_one(self: RandAugment, x, generator):
     "One operation for each image"
-    which, chance, level, sign = _random(4, x, generator)
-    n = len(self.operations)
+    n, numbers = len(self.operations), _random(4, x, generator)
+    which, chance = numbers[:2]
     which = torch.where(chance < self.probability, (which * n).long(), n)  # n: none
     counts = torch.bincount(which, minlength=n + 1)[:-1].tolist()
-    new, order = x.clone(), which.argsort(stable=True)[: sum(counts)]
+    new, order = x.clone(), upload(which.argsort(stable=True)[: sum(counts)], x.device)
+    level, sign = upload(numbers[2:], x.device)
     for name, rows in zip(self.operations, order.split(counts)):
         if not len(rows):
             continue
@@ -316,8 +328,9 @@ class Cutout:
     ) -> Tensor:  # (b, c, h, w) uint8
         "Images, each with its own square; raises `TypeError` for anything but bytes"
         _check_images(x)
-        extent = torch.tensor(x.shape[-2:], device=x.device)[:, None]
-        row, column = (_random(2, x, generator) * extent).long()
+        place = _random(2, x, generator)
+        extent = torch.tensor(x.shape[-2:], device=place.device)[:, None]
+        row, column = upload((place * extent).long(), x.device)
         return cut_out(x, row, column, self.size, self.fill)
 
 # %% ../../nbs/02_data/05_randaugment.ipynb #d3f6493c

@@ -28,7 +28,7 @@ class SSLStep:
 
     student: nn.Module  # the network in training, in train mode
     ema_model: nn.Module  # its exponential moving average before this step, in eval mode
-    labelled: dict  # x (b, c, h, w), y (b,), index (b,)
+    labelled: dict  # x (b, c, h, w), y (b,), index (b,), cpu_index (b,): the index on the CPU too
     unlabelled: dict | None  # the algorithm's views (u, c, h, w), index (u,), position (u,); no labels
     number: int  # number of the step, from 0
     steps: int  # how many there are

@@ -18,7 +18,7 @@ from ..data.augment import augmentation_for
 from ..data.images import content_hash, ImageData
 from ..data.loaders import ImageBatches
 from ..data.randaugment import strong_augmentation_for
-from ..foundation.batches import find_positions
+from ..foundation.batches import find_positions, upload
 from ..foundation.core import check_whole, generator
 
 # %% ../../nbs/08_few_labels/01_batches.ipynb #b886bdd4
@@ -166,6 +166,7 @@ class SSLBatches:
         self.batch_size, self.mu = batch_size, mu
         self.augment = dict(labelled=weak, x=weak, x2=weak, strong=strong)
         self._normalise = ImageBatches(labelled, batch_size)._normalise
+        self._cpu_index = labelled.index.cpu()
 
 # %% ../../nbs/08_few_labels/01_batches.ipynb #7d6c43c6
 @patch
@@ -180,14 +181,17 @@ def at(
     self: SSLBatches,
     step: int,  # number of the step, from 0
     views: tuple = ('x',),  # which of `VIEWS` to make; none: no unlabelled batch
-) -> tuple[dict, dict | None]:  # x (b, c, h, w), y (b,), index (b,); views (u, c, h, w), index, position (u,)
+) -> tuple[
+    dict, dict | None
+]:  # x (b, c, h, w), y, index, cpu_index (b,); views (u, c, h, w), index, position (u,)
     "The batches of one step"
     b, u, device = self.batch_size, self.batch_size * self.mu, self.labelled.x.device
-    p = endless_order(self.seed, 'labelled', len(self.labelled), step * b, b).to(device)
+    order = endless_order(self.seed, 'labelled', len(self.labelled), step * b, b)
+    p = upload(order, device)
     x = self._view(self.labelled.x[p], 'labelled', step)
-    labelled = dict(x=x, y=self.labelled.y[p], index=self.labelled.index[p])
+    labelled = dict(x=x, y=self.labelled.y[p], index=self.labelled.index[p], cpu_index=self._cpu_index[order])
     if not views:
         return labelled, None
-    p = endless_order(self.seed, 'unlabelled', len(self.unlabelled), step * u, u).to(device)
+    p = upload(endless_order(self.seed, 'unlabelled', len(self.unlabelled), step * u, u), device)
     unlabelled = {view: self._view(self.unlabelled.x[p], view, step) for view in views}
     return labelled, unlabelled | dict(index=self.unlabelled.index[p], position=p)

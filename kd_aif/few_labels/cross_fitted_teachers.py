@@ -23,6 +23,7 @@ from kd_aif.few_labels.label_calibration import (
     student_adjusted_weights,
     student_exponents,
 )
+from ..foundation.batches import upload
 from ..foundation.core import generator
 from ..foundation.losses import batch_cross_entropy
 from ..foundation.splits import stratified_folds
@@ -57,7 +58,8 @@ class Teachers(nn.Module):
         self.ema_models = nn.ModuleList(t.average.module for t in self.trainers)
         self.labelled, self.others, self.weak, self.seed = labelled, others, weak, seed
         fold = stratified_folds(labelled.y, folds or calibration_folds(labelled.y), seed)
-        self.fold, self._sorted = fold.to(next(networks[0].parameters()).device), labelled.index.sort()
+        self.fold = fold.to(next(networks[0].parameters()).device)
+        self._cpu_fold, self._cpu_order = fold.cpu(), labelled.index.cpu().sort()
         self.student = ()  # (EMA model of the student,): in a tuple, so that it is no part of this module
         self._make_buffers()
 
@@ -66,7 +68,9 @@ class Teachers(nn.Module):
 def _make_buffers(self: Teachers):
     "a, κ; accuracy; β, β·t; S; γ"
     device = self.fold.device
-    layer = last_linear(self.ema_models[0], dict(x=self.images(self.labelled.x[:2])))[1]
+    few = dict(x=self.images(self.labelled.x[:2]))
+    self.last = [last_linear(m, few)[1] for m in self.ema_models]  # a list: they are parts of these models
+    layer = self.last[0]
     shape = layer.out_features, layer.in_features + (layer.bias is not None)
     self.register_buffer('scales', torch.zeros(2, 2, device=device))
     self.register_buffer('accuracy', torch.full((2,), torch.nan, device=device))
@@ -92,11 +96,11 @@ def images(
 def in_training_fold(
     self: Teachers,
     k: int,  # which teacher, 0 or 1
-    index: Tensor,  # (b,) of labelled images
-) -> Tensor:  # (b,) bool
+    index: Tensor,  # (b,) of labelled images; on the CPU no GPU is waited for
+) -> Tensor:  # (b,) bool, on the CPU
     "Which labels a teacher learns: all but those of its own fold"
-    keys, order = self._sorted
-    return self.fold[order[torch.searchsorted(keys, index)]] != k
+    keys, order = self._cpu_order
+    return self._cpu_fold[order[torch.searchsorted(keys, index.cpu())]] != k
 
 # %% ../../nbs/08_few_labels/10_cross_fitted_teachers.ipynb #3029e212
 @patch(as_prop=True)
@@ -148,7 +152,8 @@ def predict(
 ) -> tuple[Tensor, Tensor]:  # (n, C) calibrated log-probabilities, (n, C) its own probabilities
     "Prediction of one of them, without gradient"
     with torch.no_grad():
-        h, z = (t.float() for t in features_and_logits(self.ema_models[k], dict(x=x), forward))
+        pair = features_and_logits(self.ema_models[k], dict(x=x), forward, self.last[k])
+        h, z = (t.float() for t in pair)
     return calibrated_log_probabilities(h, z, self.calibration(k)), z.softmax(1)
 
 # %% ../../nbs/08_few_labels/10_cross_fitted_teachers.ipynb #43ded23d
@@ -211,7 +216,7 @@ def confidence(
 def _sample(self: Teachers, number, n):
     "A batch of unlabelled images in a weak view, with any label"
     order = torch.randperm(len(self.others), generator=generator(self.seed, 'others', number))
-    chosen = order[:n].to(self.others.x.device)
+    chosen = upload(order[:n], self.others.x.device)
     index = self.others.index[chosen]
     return dict(x=self.images(self.others.x[chosen], number), index=index, y=torch.zeros_like(index))
 
@@ -219,7 +224,7 @@ def _sample(self: Teachers, number, n):
 @patch
 def _held_out(self: Teachers, k, views):
     "The fold that teacher k has not learned, a batch for each weak view"
-    held_out = self.labelled.select((self.fold.cpu() == k).nonzero()[:, 0])
+    held_out = self.labelled.select(upload((self._cpu_fold == k).nonzero()[:, 0], self.labelled.x.device))
     return [dict(x=self.images(held_out.x, v), y=held_out.y, index=held_out.index) for v in views]
 
 # %% ../../nbs/08_few_labels/10_cross_fitted_teachers.ipynb #d0a730d8
@@ -255,4 +260,4 @@ def _set_exponents(self: Teachers, log_q, others, forward):
     "β and β·t, with the student as it is now"
     with torch.no_grad():
         log_p = forward(self.student[0], others).float().log_softmax(1)
-        self.exponents[:] = torch.tensor(student_exponents(log_q, log_p))
+        self.exponents.copy_(upload(torch.tensor(student_exponents(log_q, log_p)), self.exponents.device))

@@ -24,6 +24,7 @@ from .batches import _augmentation, UnlabelledImages
 from .cross_fitted_teachers import calibration_folds, Teachers
 from .settings import SSLTraining
 from .trainer import SSLRun, train_ssl
+from ..foundation.batches import upload
 from ..foundation.core import check_fraction, check_whole
 
 # %% ../../nbs/08_few_labels/11_cross_fitting.ipynb #028ad102
@@ -167,6 +168,12 @@ def __call__(self: CrossFit, step: SSLStep) -> StepOutput:  # weights as mask, a
     return StepOutput(supervised, losses, weight, weights, labels, auxiliary)
 
 # %% ../../nbs/08_few_labels/11_cross_fitting.ipynb #07785102
+def _in_training_fold(step, k):
+    "(b,) bool on the CPU: which labels of a step a teacher learns"
+    labelled = step.labelled
+    return step.state.in_training_fold(k, labelled.get('cpu_index', labelled['index']))
+
+
 @patch
 def teacher_loss(
     self: CrossFit,
@@ -175,10 +182,11 @@ def teacher_loss(
     k: int,  # which teacher, 0 or 1
 ) -> Tensor:  # ()
     "Cross-entropy of its labels and of its own weighted pseudo-labels"
-    mine, (weights, labels) = step.state.in_training_fold(k, step.labelled['index']), output.auxiliary[k]
+    (weights, labels), x = output.auxiliary[k], step.labelled['x']
+    mine = upload(_in_training_fold(step, k).nonzero()[:, 0], x.device)
     known = step.number >= self.every(step.steps)
     part = self.parts(len(step.unlabelled['x']))[0][k] if known else slice(0, 0)
-    inputs = step.labelled['x'][mine], step.unlabelled['strong'][part]
+    inputs = x[mine], step.unlabelled['strong'][part]
     z, strong = step.logits(*inputs, model=step.state.networks[k])
     loss = _cross_entropy(z, step.labelled['y'][mine]).mean()
     return loss + (weights * _cross_entropy(strong, labels)).mean() if len(strong) else loss
@@ -200,7 +208,7 @@ def after(
 ) -> None:  # nothing
     "Both teachers learn"
     for k, trainer in enumerate(step.state.trainers):
-        if step.state.in_training_fold(k, step.labelled['index']).any():
+        if _in_training_fold(step, k).any():
             trainer.update(self.teacher_loss(step, output, k))
             trainer.follow()
         else:

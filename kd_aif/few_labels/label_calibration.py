@@ -80,6 +80,8 @@ def fit_scales(
     The prior is standard normal, on a and on κ·(standard deviation of the scores).
     Raises `ValueError` where shapes differ or a number is not finite.
     """
+    given, labels = log_p, labels.cpu()
+    log_p, influence = log_p.cpu(), influence.cpu()
     _check_scales(log_p, influence, labels)
     unit = influence.double().std().clamp_min(1e-12)
     X = torch.stack([log_p.double(), influence.double() / unit], 2)  # (m, C, 2)
@@ -88,7 +90,7 @@ def fit_scales(
         if both[k] < 0:  # then it is at its bound, and the other alone
             both = torch.zeros(2, dtype=X.dtype, device=X.device)
             both[1 - k] = _newton(X[..., 1 - k : 2 - k], labels, steps)[0].clamp_min(0.0)
-    return (both / torch.stack([torch.ones_like(unit), unit])).to(log_p.dtype)
+    return (both / torch.stack([torch.ones_like(unit), unit])).to(given)
 
 # %% ../../nbs/08_few_labels/09_label_calibration.ipynb #c63d6f25
 @dataclass(frozen=True, eq=False)
@@ -148,8 +150,10 @@ def pool_exponent(
 ) -> float:  # γ
     "Exponent under which the networks' own labels are right as often as on held-out images. Ours"
 
+    both, labels = (first + second).cpu(), [y.cpu() for y in labels]
+
     def predicted_accuracy(g):
-        q = (g * (first + second)).softmax(1)
+        q = (g * both).softmax(1)
         return sum(float(q.gather(1, y[:, None]).mean()) for y in labels) / 2
 
     return _solve(predicted_accuracy, accuracy, least, most)
@@ -172,6 +176,7 @@ def student_exponents(
     most: float = 4.0,  # largest t, and largest β
 ) -> tuple[float, float]:  # β, β·t
     "Exponents with a student as confident as the teachers, and a mean weight as without it. Ours"
+    log_q, log_p = log_q.cpu(), log_p.cpu()  # a bisection asks in every step
     mean = log_q.exp().amax(1).mean()
     t = _solve(lambda t: (t * log_p).softmax(1).amax(1).mean(), mean, 0.0, most)
     beta = _solve(lambda b: student_adjusted_weights(log_q, log_p, (b, b * t))[0].mean(), mean, 0.0, most)

@@ -22,7 +22,8 @@ from .batches import SSLBatches
 from ..foundation.core import check_fraction, check_positive, check_whole
 from ..foundation.losses import batch_cross_entropy
 from ..models.features import default_forward
-from ..distillation.trainer import moving_average, Trainer
+from ..distillation.moving_average import moving_average
+from ..distillation.trainer import fused_on_gpu, Trainer
 
 # %% ../../nbs/08_few_labels/04_settings.ipynb #e5e3f34e
 def cosine_share(
@@ -42,7 +43,8 @@ def ssl_sgd(
     layers = dict(params=[p for p in parameters if p.ndim > 1])
     others = dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)
     groups = [g for g in (layers, others) if g['params']]
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    options = dict(momentum=0.9, nesterov=True, weight_decay=5e-4) | fused_on_gpu(parameters)
+    return torch.optim.SGD(groups, lr=lr, **options)
 
 # %% ../../nbs/08_few_labels/04_settings.ipynb #8c31388e
 def _check_training(training):

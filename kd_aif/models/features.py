@@ -83,11 +83,20 @@ def features_and_logits(
     model: nn.Module,  # a classifier that ends in a linear layer; its mode (train or eval) is left as it is
     batch: dict,  # one batch
     forward=None,  # forward(model, batch) → logits (b, c); by default model(batch['x'])
+    layer: nn.Linear = None,  # the layer of `model` that makes the logits; None: it is looked for
 ) -> tuple[Tensor, Tensor]:  # features (b, d), the input of the last linear layer; logits (b, c)
     """Features and logits of one forward pass, with gradients where they are enabled.
 
     Raises ValueError when no linear layer makes the logits.
     """
+    if layer is not None:
+        seen = []
+        hook = layer.register_forward_hook(
+            lambda layer, inputs, output: seen.append((None, layer, inputs[0]))
+        )
+        with hook:
+            logits = (forward or default_forward)(model, batch)
+        return _require_classifier(seen[-1] if seen else None, model)[2].to(logits.dtype), logits
     call, logits = _classifier_call(model, batch, forward)
     return _require_classifier(call, model)[2].to(logits.dtype), logits
 

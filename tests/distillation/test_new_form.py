@@ -12,7 +12,8 @@ from kd_aif.distillation.distill import distill
 from kd_aif.distillation.objective import AuxiliaryLoss, Objective, bootstrapping_loss
 from kd_aif.distillation.out_of_fold import out_of_fold_weights
 from kd_aif.distillation.schedules import Every, OneShot
-from kd_aif.distillation.trainer import Training, moving_average
+from kd_aif.distillation.moving_average import moving_average
+from kd_aif.distillation.trainer import Training
 from kd_aif.foundation.losses import weighted_mean
 from kd_aif.distillation.weighting import Fixed
 from kd_aif.weights.class_weights import ClassWeighting
