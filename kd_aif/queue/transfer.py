@@ -26,6 +26,7 @@ from .estimates import estimate, measured_rate, SITTINGS
 from .packs import PackLimits, write_packs
 from .sittings import done_names
 from .workers import Sitting
+from ..reporting.origins import code_commit
 from ..reporting.record_files import load_records, save_record
 from ..reporting.records import Record
 
@@ -126,6 +127,7 @@ if [ "${1:-}" = receive ]; then
 fi
 export PYTHONPATH="$folder/code:$folder/site${PYTHONPATH:+:$PYTHONPATH}" KD_AIF_CACHE="${KD_AIF_CACHE:-$folder/cache}"
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$folder/inductor}" PYTHONUNBUFFERED=1 TQDM_DISABLE=1
+export KD_AIF_COMMIT="@COMMIT@"
 options=(--folder "$folder" --records "$folder/records")
 if [ -d "$folder/data" ]; then options+=(--data "$folder/data"); fi
 exec python3 -c 'from kd_aif.queue.cli import kd_aif_queue; kd_aif_queue()' "$@" "${options[@]}"
@@ -199,7 +201,7 @@ def _write_parts(stage, out, part_bytes):
     files.sort(key=lambda p: (p.relative_to(stage).parts[0] not in ('code', 'known.json'), str(p)))
     sizes = {p.relative_to(stage).as_posix(): p.stat().st_size for p in files}
     atomic_write(stage / 'parts.json', json.dumps(sizes))
-    own = len(RUN_SH.encode()) + (stage / 'parts.json').stat().st_size
+    own = len(RUN_SH.encode()) + 100 + (stage / 'parts.json').stat().st_size
     folders = []
     for number, names in enumerate(_assign(sizes, part_bytes - own), 1):
         folders.append(out / f'part-{number}')
@@ -207,7 +209,7 @@ def _write_parts(stage, out, part_bytes):
             target = folders[-1] / 'content' / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(stage / name, target)
-        atomic_write(folders[-1] / 'run.sh', RUN_SH)
+        atomic_write(folders[-1] / 'run.sh', RUN_SH.replace('@COMMIT@', code_commit() or ''))
     return folders
 
 # %% ../../nbs/12_queue/07_transfer.ipynb #c7c79ae9

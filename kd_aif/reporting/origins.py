@@ -7,6 +7,7 @@ __all__ = ['LIBRARIES', 'library_versions', 'device_name', 'code_commit', 'run_o
 
 # %% ../../nbs/09_reporting/04_origins.ipynb #ed200dbf
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -71,4 +72,5 @@ def run_origin(
         device = device_name(device)
     except RuntimeError:
         device = str(device)
-    return dict(device=device, versions=library_versions(), commit=code_commit(), peak_memory=peak_memory())
+    commit = code_commit() or os.environ.get('KD_AIF_COMMIT') or None
+    return dict(device=device, versions=library_versions(), commit=commit, peak_memory=peak_memory())

@@ -44,6 +44,7 @@ from kd_aif.queue.transfer import (
     write_shards,
 )
 from kd_aif.queue.workers import Outcome, Sitting, work
+from kd_aif.reporting.origins import code_commit
 from kd_aif.reporting.record_files import load_records
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -357,7 +358,9 @@ def test_a_machine_without_the_package_runs_its_parts(tmp_path):
     assert str(tmp_path / 'there' / 'code') in code.stdout
     assert len(list((tmp_path / 'home').iterdir())) <= 8
     kd_aif_queue('unpack', **here, packs=f'{tmp_path}/home')
-    methods = [r.method for r in load_records(tmp_path / 'records')]
+    records = load_records(tmp_path / 'records')
+    assert {r.commit for r in records} == {code_commit()}
+    methods = [r.method for r in records]
     assert sorted(methods) == ['freematch', 'kd_val']
     assert (tmp_path / 'records' / 'sittings.jsonl').exists()
     kd_aif_queue('unpack', **here, packs=f'{tmp_path}/home')
