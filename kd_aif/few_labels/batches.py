@@ -181,10 +181,8 @@ def at(
     self: SSLBatches,
     step: int,  # number of the step, from 0
     views: tuple = ('x',),  # which of `VIEWS` to make; none: no unlabelled batch
-) -> tuple[
-    dict, dict | None
-]:  # x (b, c, h, w), y, index, cpu_index (b,); views (u, c, h, w), index, position (u,)
-    "The batches of one step"
+) -> tuple[dict, dict | None]:  # x (b, c, h, w), y, index, cpu_index (b,); views, index, position (u,)
+    "The batches of one step; `cpu_index` is the index once more, on the CPU"
     b, u, device = self.batch_size, self.batch_size * self.mu, self.labelled.x.device
     order = endless_order(self.seed, 'labelled', len(self.labelled), step * b, b)
     p = upload(order, device)

@@ -226,7 +226,7 @@ def test_missing_set_names_both_ways(folder):
         env=os.environ | dict(HF_HUB_OFFLINE='1', HF_HOME=str(folder.parent / 'hub')),
         capture_output=True,
         text=True,
-        cwd=Path(sources.__file__).parents[1],
+        cwd=Path(sources.__file__).parents[2],  # not the package: its room `queue` would hide Python's own
     )
     last = [line for line in run.stderr.splitlines() if line.startswith('FileNotFoundError')]
     assert run.returncode and last, run.stderr
