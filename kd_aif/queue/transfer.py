@@ -119,8 +119,9 @@ if [ "${1:-}" = receive ]; then
   mkdir -p "$folder"
   cmp -s "$here/content/parts.json" "$folder/parts.json" || rm -f "$folder/packs-received"
   cp -r "$here"/content/. "$folder"/
-  if compgen -G "$folder/wheels/*.whl" >/dev/null && [ ! -d "$folder/site" ]; then
-    python3 -m pip install -q --no-index --no-deps --no-compile --target "$folder/site" "$folder"/wheels/*.whl
+  if compgen -G "$here/content/wheels/*.whl" >/dev/null; then
+    options=(-q --no-index --no-deps --no-compile --upgrade)
+    python3 -m pip install "${options[@]}" --target "$folder/site" "$here"/content/wheels/*.whl
   fi
   exit
 fi
@@ -228,8 +229,8 @@ def pack_parts(
         _stage_state([e for e in entries if e.name not in done], sitting, stage)
         if sitting.data is not None:
             stage_data(coming, sitting.data, stage / 'data')
-        for old in out.glob('part-*'):
-            shutil.rmtree(old)
+        for script in out.glob('part-*/run.sh'):  # other folders of that name are not ours
+            shutil.rmtree(script.parent)
         return _write_parts(stage, out, settings.part_bytes)
 
 # %% ../../nbs/12_queue/07_transfer.ipynb #488e496a

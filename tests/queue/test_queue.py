@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -182,7 +183,18 @@ def test_teachers_that_nobody_needs_are_not_open(tmp_path):
 def command(folder, *options):
     program = 'from kd_aif.queue.cli import kd_aif_queue; kd_aif_queue()'
     places = ['--folder', folder / 'queue', '--records', folder / 'records', '--packs', folder / 'home']
-    sizes = ['--queue', 'smoke', '--only', 'twice-s0,elr-s0,freematch-s0', '--seconds', '0.01', '--workers', '2', '--minutes', '5']
+    sizes = [
+        '--queue',
+        'smoke',
+        '--only',
+        'twice-s0,elr-s0,freematch-s0',
+        '--seconds',
+        '0.01',
+        '--workers',
+        '2',
+        '--minutes',
+        '5',
+    ]
     return [sys.executable, '-W', 'ignore', '-c', program, 'run', *map(str, [*places, *sizes, *options])]
 
 
@@ -473,3 +485,40 @@ def test_incomplete_files_are_left_out_and_named(tmp_path):
     (tmp_path / 'home' / 'pack-0.safetensors').unlink()
     assert unpack_home(tmp_path / 'home', sitting) == (0, 0, ['states/a.safetensors'])
     assert not (Path(sitting.folder) / 'states').exists()
+
+
+def _wheel(folder, name, size):
+    "A wheel of one module and about `size` bytes"
+    folder.mkdir(exist_ok=True)
+    about = f'{name}-1.0.dist-info'
+    with zipfile.ZipFile(folder / f'{name}-1.0-py3-none-any.whl', 'w') as f:
+        f.writestr(f'{name}.py', f'# {"x" * size}')
+        f.writestr(f'{about}/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n')
+        f.writestr(f'{about}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        f.writestr(f'{about}/RECORD', '')
+
+
+def test_wheels_in_several_parts_are_all_installed(tmp_path):
+    for name in ('wheel_a', 'wheel_b', 'wheel_c'):
+        _wheel(tmp_path / 'wheels', name, 800_000)
+    sitting = Sitting('smoke', str(tmp_path / 'q'), str(tmp_path / 'r'))
+    settings = PartSettings('smoke', 60, 2_000_000, tmp_path / 'wheels')
+    parts = pack_parts(queue_entries('smoke'), sitting, settings, tmp_path / 'parts')
+    assert sum(any((part / 'content').glob('wheels/*.whl')) for part in parts) > 1
+    env = os.environ | dict(KD_AIF_QUEUE=str(tmp_path / 'there'))
+    for part in parts:
+        subprocess.run(['bash', str(part / 'run.sh'), 'receive'], env=env, check=True)
+    names = {path.name for path in (tmp_path / 'there' / 'site').glob('*.py')}
+    assert names == {'wheel_a.py', 'wheel_b.py', 'wheel_c.py'}
+
+
+def test_packing_removes_only_parts_of_an_earlier_packing(tmp_path):
+    mine = tmp_path / 'parts' / 'part-time' / 'thesis.txt'
+    mine.parent.mkdir(parents=True)
+    mine.write_text('x')
+    sitting = Sitting('smoke', str(tmp_path / 'q'), str(tmp_path / 'r'))
+    for part_bytes, folders in ((500_000, 3), (60_000_000, 1)):
+        settings = PartSettings('smoke', 60, part_bytes)
+        pack_parts(queue_entries('smoke'), sitting, settings, tmp_path / 'parts')
+        assert len([*mine.parents[1].glob('part-[0-9]')]) == folders
+    assert mine.read_text() == 'x'
