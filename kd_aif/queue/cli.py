@@ -8,7 +8,6 @@ __all__ = ['QueueSettings', 'plan_table', 'kd_aif_queue']
 # %% ../../nbs/12_queue/08_cli.ipynb #d314960e
 import dataclasses
 import os
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +70,8 @@ def _check(s):
         raise ValueError(f"packs is missing; give --packs FOLDER, {_PACKS[s.what]}")
     if s.what == 'unpack' and not list(Path(s.packs).glob('pack-*.safetensors')):
         raise ValueError(f"packs={s.packs!r} has no pack-*.safetensors; give the folder that came home")
+    if s.what == 'run':
+        _limits(s)
     for path in (s.records, s.folder, s.packs):
         if path is not None:
             check_folder(path)
@@ -87,8 +88,8 @@ def entries(self: QueueSettings) -> tuple:  # of `Entry`
     found = queue_entries(self.queue)
     if self.only is None:
         return found
-    words = re.compile('|'.join(re.escape(word.strip()) for word in self.only.split(',')))
-    chosen = {e.name for e in found if words.search(e.name)}
+    words = [word.strip() for word in self.only.split(',') if word.strip()]
+    chosen = {e.name for word in words for e in found if word in e.name}
     chosen |= {e.needs for e in found if e.name in chosen}
     if not chosen:
         raise ValueError(f"only is {self.only!r}, which is in no name; see kd_aif_queue plan")

@@ -451,6 +451,8 @@ def test_shards_give_the_same_images(tmp_path, monkeypatch):
         (dict(what='plan', only='resnet1000'), "only is 'resnet1000', which is in no name"),
         (dict(what='run', data='nowhere'), "data is 'nowhere', which is no folder"),
         (dict(what='pack', packs='parts', wheels='nowhere', queue='smoke'), 'has no *.whl'),
+        (dict(what='plan', only=' , ', queue='smoke'), 'which is in no name'),
+        (dict(what='run', packs='home', megabytes=0.01, queue='smoke'), 'total_bytes is 10000'),
     ],
 )
 def test_mistakes_end_with_one_line_before_any_work(options, says, tmp_path, monkeypatch, capsys):
