@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,17 +17,17 @@ import torch
 from safetensors.torch import save_file
 
 import kd_aif.experiments.context as context_module
-import kd_aif.queue.sittings as sittings_module
+import kd_aif.gpu_queue.sittings as sittings_module
 from kd_aif.data.sources import load_images
 from kd_aif.experiments.expected_runs import EXPECTED
 from kd_aif.experiments.storage import Storage
 from kd_aif.experiments.tasks import make_task, Task
-from kd_aif.queue.cli import kd_aif_queue, QueueSettings
-from kd_aif.queue.entries import Entry, OWN_TEACHER, Places, teacher_entry, TEACHER, TRAIN_ONLY
-from kd_aif.queue.estimates import BEFORE, entry_flops, estimate, measured_rate, Rate
-from kd_aif.queue.packs import PackLimits, plan_packs, read_packs, write_packs
-from kd_aif.queue.queues import full_tier, queue_entries, smoke_queue
-from kd_aif.queue.sittings import (
+from kd_aif.gpu_queue.cli import kd_aif_queue, QueueSettings
+from kd_aif.gpu_queue.entries import Entry, OWN_TEACHER, Places, teacher_entry, TEACHER, TRAIN_ONLY
+from kd_aif.gpu_queue.estimates import BEFORE, entry_flops, estimate, measured_rate, Rate
+from kd_aif.gpu_queue.packs import PackLimits, plan_packs, read_packs, write_packs
+from kd_aif.gpu_queue.queues import full_tier, queue_entries, smoke_queue
+from kd_aif.gpu_queue.sittings import (
     done_names,
     expected_epochs,
     Machine,
@@ -34,7 +35,7 @@ from kd_aif.queue.sittings import (
     run_sitting,
     workers_that_fit,
 )
-from kd_aif.queue.transfer import (
+from kd_aif.gpu_queue.transfer import (
     next_entries,
     note_sitting,
     pack_parts,
@@ -43,7 +44,7 @@ from kd_aif.queue.transfer import (
     unpack_home,
     write_shards,
 )
-from kd_aif.queue.workers import Outcome, Sitting, work
+from kd_aif.gpu_queue.workers import Outcome, Sitting, work
 from kd_aif.reporting.origins import code_commit
 from kd_aif.reporting.record_files import load_records
 
@@ -176,7 +177,7 @@ def test_teachers_that_nobody_needs_are_not_open(tmp_path):
 
 
 def command(folder, *options):
-    program = 'from kd_aif.queue.cli import kd_aif_queue; kd_aif_queue()'
+    program = 'from kd_aif.gpu_queue.cli import kd_aif_queue; kd_aif_queue()'
     places = ['--folder', folder / 'queue', '--records', folder / 'records', '--packs', folder / 'home']
     sizes = [
         '--queue',
@@ -448,6 +449,8 @@ def test_shards_give_the_same_images(tmp_path, monkeypatch):
         (dict(what='plan', only='resnet1000'), "only is 'resnet1000', which is in no name"),
         (dict(what='run', data='nowhere'), "data is 'nowhere', which is no folder"),
         (dict(what='pack', packs='parts', wheels='nowhere', queue='smoke'), 'has no *.whl'),
+        (dict(what='plan', only=' , ', queue='smoke'), 'which is in no name'),
+        (dict(what='run', packs='home', megabytes=0.01, queue='smoke'), 'total_bytes is 10000'),
     ],
 )
 def test_mistakes_end_with_one_line_before_any_work(options, says, tmp_path, monkeypatch, capsys):
@@ -515,3 +518,40 @@ def test_without_a_gpu_no_service_is_started(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, 'run', lambda *_, **__: pytest.fail('something is started'))
     with sittings_module.shared_gpu(tmp_path, Machine('x')) as how:
         assert how == 'no GPU'
+
+
+def _wheel(folder, name, size):
+    "A wheel of one module and about `size` bytes"
+    folder.mkdir(exist_ok=True)
+    about = f'{name}-1.0.dist-info'
+    with zipfile.ZipFile(folder / f'{name}-1.0-py3-none-any.whl', 'w') as f:
+        f.writestr(f'{name}.py', f'# {"x" * size}')
+        f.writestr(f'{about}/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n')
+        f.writestr(f'{about}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        f.writestr(f'{about}/RECORD', '')
+
+
+def test_wheels_in_several_parts_are_all_installed(tmp_path):
+    for name in ('wheel_a', 'wheel_b', 'wheel_c'):
+        _wheel(tmp_path / 'wheels', name, 800_000)
+    sitting = Sitting('smoke', str(tmp_path / 'q'), str(tmp_path / 'r'))
+    settings = PartSettings('smoke', 60, 2_000_000, tmp_path / 'wheels')
+    parts = pack_parts(queue_entries('smoke'), sitting, settings, tmp_path / 'parts')
+    assert sum(any((part / 'content').glob('wheels/*.whl')) for part in parts) > 1
+    env = os.environ | dict(KD_AIF_QUEUE=str(tmp_path / 'there'))
+    for part in parts:
+        subprocess.run(['bash', str(part / 'run.sh'), 'receive'], env=env, check=True)
+    names = {path.name for path in (tmp_path / 'there' / 'site').glob('*.py')}
+    assert names == {'wheel_a.py', 'wheel_b.py', 'wheel_c.py'}
+
+
+def test_packing_removes_only_parts_of_an_earlier_packing(tmp_path):
+    mine = tmp_path / 'parts' / 'part-time' / 'thesis.txt'
+    mine.parent.mkdir(parents=True)
+    mine.write_text('x')
+    sitting = Sitting('smoke', str(tmp_path / 'q'), str(tmp_path / 'r'))
+    for part_bytes, folders in ((500_000, 3), (60_000_000, 1)):
+        settings = PartSettings('smoke', 60, part_bytes)
+        pack_parts(queue_entries('smoke'), sitting, settings, tmp_path / 'parts')
+        assert len([*mine.parents[1].glob('part-[0-9]')]) == folders
+    assert mine.read_text() == 'x'

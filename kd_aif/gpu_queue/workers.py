@@ -147,7 +147,7 @@ def start_worker(
     "Start the process of an entry"
     log_path(sitting, name, 'outcome.json').unlink(missing_ok=True)
     job = json.dumps(dict(name=name, sitting=asdict(sitting), parent=os.getpid()))
-    program = 'from kd_aif.queue.workers import worker_main; worker_main()'
+    program = 'from kd_aif.gpu_queue.workers import worker_main; worker_main()'
     with open(log_path(sitting, name, 'output.txt'), 'a') as output:
         options = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program, job], **options)
