@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from time import perf_counter
 
+import torch
 from fastcore.basics import patch
 from torch import nn
 
@@ -19,20 +20,38 @@ from kd_aif.distillation.checkpoint import (
     has_state,
     read_checkpoint,
     Stopped,
+    tensor_hash,
     write_checkpoint,
 )
+
+# %% ../../nbs/06_distillation/09b_progress.ipynb #68224cd3
 from .run_weights import RunWeights
 from .schedules import OneShot
 from .scoring import OnlineWeights
 from .trainer import Fit
 from .weighting import Published
-from ..foundation.batches import model_device
+from ..foundation.batches import eval_view, model_device
 from ..foundation.core import random_state
 from ..influence.cross_scores import CrossScores
 from ..influence.scores import InfluenceScores
 from ..weights.calibration import CalibratedWeights
 
 # %% ../../nbs/06_distillation/09b_progress.ipynb #0cc77f6c
+def _loader_generators(data):
+    "Generators that the user's loaders draw from, each once"
+    found = {}
+    for loader in (data.train, data.val):
+        samplers = (
+            getattr(loader, 'sampler', None),
+            getattr(getattr(loader, 'batch_sampler', None), 'sampler', None),
+        )
+        for part in (loader, *samplers):
+            generator = getattr(part, 'generator', None)
+            if isinstance(generator, torch.Generator):
+                found[id(generator)] = generator
+    return [*found.values()]
+
+# %% ../../nbs/06_distillation/09b_progress.ipynb #e83fa8fe
 def _trainers(fit):
     found = dict(model=fit.trainer, teacher=fit.teacher_trainer)
     return {name: trainer for name, trainer in found.items() if trainer is not None}
@@ -43,7 +62,8 @@ def state_dict(self: Fit) -> dict:  # for `save_state`
     "Everything that the training needs to go on behind its last epoch"
     trainers = {name: trainer.state_dict() for name, trainer in _trainers(self).items()}
     numbers = random_state(model_device(self.model))
-    return dict(trainers=trainers, history=list(self.history), random=numbers)
+    loaders = [g.get_state() for g in _loader_generators(self.data)]
+    return dict(trainers=trainers, history=list(self.history), random=numbers, loaders=loaders)
 
 # %% ../../nbs/06_distillation/09b_progress.ipynb #5524a4f9
 @patch
@@ -55,6 +75,8 @@ def load_state_dict(
     for name, trainer in _trainers(self).items():
         trainer.load_state_dict(state['trainers'][name])
     self.history, self.random_state = state['history'], state['random']
+    for own, kept in zip(_loader_generators(self.data), state['loaders']):
+        own.set_state(kept)
 
 # %% ../../nbs/06_distillation/09b_progress.ipynb #797a9704
 _KINDS = {kind.__name__: kind for kind in (CrossScores, InfluenceScores, CalibratedWeights)}
@@ -150,6 +172,18 @@ def check_resumable(
         )
 
 # %% ../../nbs/06_distillation/09b_progress.ipynb #d64493ee
+def _describe_samples(batches, samples):
+    "Index, labels, sizes of batches, and content where it is fixed"
+    content = None
+    if isinstance(batches, (list, tuple)) or callable(getattr(batches, 'eval_view', None)):
+        content = tensor_hash(*map(_batch_hash, eval_view(batches)))
+    return describe([samples.index, samples.y, samples.sizes, content])
+
+
+def _batch_hash(batch):
+    return tensor_hash(*(part for name, value in batch.items() for part in (name, value)))
+
+# %% ../../nbs/06_distillation/09b_progress.ipynb #a94babab
 _FREE = 'progress', 'checkpoint', 'compile', 'capture'
 
 
@@ -161,8 +195,8 @@ def describe_run(
     "What two runs must share for one to go on where the other ended"
     described = describe(config)
     described['training'] = {k: v for k, v in described['training'].items() if k not in _FREE}
-    samples = {name: [s.index, s.y] for name, s in dict(train=data.samples, val=data.val_samples).items()}
-    return described | dict(samples=describe(samples), networks=describe(networks))
+    train, val = _describe_samples(data.train, data.samples), _describe_samples(data.val, data.val_samples)
+    return described | dict(samples=dict(train=train, val=val), networks=describe(networks))
 
 # %% ../../nbs/06_distillation/09b_progress.ipynb #29907a59
 class Progress:

@@ -52,19 +52,28 @@ def seed_everything(
 # %% ../../nbs/01_foundation/01_core.ipynb #55b5249a
 def random_state(
     device: torch.device | str = 'cpu',  # of the training
-) -> dict:  # 'cpu' and, on a GPU, 'cuda': states of PyTorch's generators; None without a GPU
-    "Where PyTorch's random numbers are"
+) -> dict:  # 'cpu', 'cuda' (None without a GPU), 'python', 'numpy'
+    "Where the random numbers of PyTorch, Python and NumPy are"
     on_gpu = torch.device(device).type == 'cuda'
-    return dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state(device) if on_gpu else None)
+    name, keys, *rest = np.random.get_state()
+    return dict(
+        cpu=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state(device) if on_gpu else None,
+        python=random.getstate(),
+        numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest),
+    )
 
 # %% ../../nbs/01_foundation/01_core.ipynb #c8706f28
 def set_random_state(
     state: dict,  # what `random_state` gave
-) -> None:  # nothing: PyTorch's generators are set
+) -> None:  # nothing: the generators are set
     "Go on with these random numbers"
     torch.set_rng_state(state['cpu'])
     if state['cuda'] is not None:
         torch.cuda.set_rng_state(state['cuda'])
+    random.setstate(state['python'])
+    name, keys, *rest = state['numpy']
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
 
 # %% ../../nbs/01_foundation/01_core.ipynb #00-core-014
 def default_device() -> torch.device:  # `cuda` when there is such a device, else `cpu`

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import kd_aif.distillation.distill as distill_module
@@ -246,3 +249,138 @@ def test_killed_at_any_moment_it_ends_as_in_one_piece(tmp_path):
     assert start(tmp_path / 'killed').wait(300) == 0
     ends = [(tmp_path / name / 'end.safetensors').read_bytes() for name in ('whole', 'killed')]
     assert ends[0] == ends[1]
+
+
+# What decides a run, and what remembers
+
+
+def small_net(p=0.1, bend=nn.ReLU):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), bend(), nn.Dropout(p), nn.Linear(32, 10))
+
+
+def batches_of(data, size=64, change=lambda x: x):
+    images = ImageBatches(data, size, seed=0, shuffle=False)
+    return [batch | dict(x=change(batch['x'])) for batch in images]
+
+
+def scaled(factor):
+    return lambda logits, batch: factor * nn.functional.cross_entropy(logits, batch['y'], reduction='none')
+
+
+def adamw(weight_decay):
+    return lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, logits, batch):
+        return self.factor * nn.functional.cross_entropy(logits, batch['y'], reduction='none')
+
+
+def call(path, stop=True, net=small_net, size=64, change=lambda x: x, loss=scaled(1.0), decay=0.1):
+    "One call of `distill` on lists of batches"
+    train, val = hold_out(subset(load_images('digits'), 300, 0), 100, seed=0)
+    checkpoint = Checkpoint(path, 0, lambda seconds: stop)
+    training = Training(3, 0.01, make_optimizer=adamw(decay), progress=False, checkpoint=checkpoint)
+    objective = Objective(label_loss=loss)
+    data = batches_of(train, size, change), batches_of(val)
+    return distill(net(), None, *data, objective=objective, training=training)
+
+
+CHANGES = {
+    'pixels': (dict(change=lambda x: 1 - x), 'samples.train'),
+    'batch size': (dict(size=32), 'samples.train'),
+    'dropout': (dict(net=lambda: small_net(0.5)), 'networks.student'),
+    'activation': (dict(net=lambda: small_net(bend=nn.Tanh)), 'networks.student'),
+    'closure of the loss': (dict(loss=scaled(2.0)), 'objective.label_loss'),
+    'text of the loss': (
+        dict(loss=lambda logits, batch: nn.functional.cross_entropy(logits, batch['y'], reduction='none')),
+        'objective.label_loss',
+    ),
+    'attribute of the loss': (dict(loss=Scaled(2.0)), 'objective.label_loss'),
+    'closure of the optimiser': (dict(decay=0.2), 'training.make_optimizer'),
+}
+
+
+@pytest.mark.parametrize('name', CHANGES)
+def test_whatever_decides_the_numbers_is_compared(name, tmp_path):
+    change, place = CHANGES[name]
+    first = dict(loss=Scaled(1.0)) if name == 'attribute of the loss' else {}
+    with pytest.raises(Stopped):
+        call(tmp_path / 'a.safetensors', **first)
+    with pytest.raises(Stopped):
+        call(tmp_path / 'a.safetensors', **first)  # the same again goes on
+    with pytest.raises(ValueError, match=f'a training with {place}'):
+        call(tmp_path / 'a.safetensors', **change)
+
+
+def remembering():
+    seen = []
+    return lambda step: seen.append(step) or torch.ones_like(step.losses)
+
+
+def counting():
+    n = 0
+
+    def callback(step):
+        nonlocal n
+        n += 1
+        return torch.ones_like(step.losses) * n
+
+    return callback
+
+
+@pytest.mark.parametrize('make', [remembering, counting, lambda: Remembers().__call__])
+def test_callbacks_that_may_remember_are_refused(make, tmp_path):
+    with pytest.raises(TypeError, match='callback is a .*whose state a checkpoint would lose'):
+        run(tmp_path / 'a.safetensors', weighting=Reweighting(make()))
+
+
+def test_a_callback_that_holds_constants_is_not(tmp_path):
+    w, power = torch.linspace(0.5, 1.5, 10), 2
+    run(tmp_path / 'a.safetensors', weighting=Reweighting(lambda step: w[step.batch['y']] ** power))
+
+
+class Noisy(torch.utils.data.Dataset):
+    "Digits with noise of NumPy and Python, drawn when a sample is read"
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        x = self.data.x[i].float() / 255 + 0.1 * float(np.random.randn()) + 0.1 * random.random()
+        return dict(x=x, y=self.data.y[i], index=self.data.index[i])
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_random_numbers_of_other_libraries_and_of_loaders_go_on(tmp_path):
+    def once(path, stop):
+        np.random.seed(0)
+        random.seed(0)
+        train, val = hold_out(subset(load_images('digits'), 300, 0), 100, seed=0)
+        generator = torch.Generator().manual_seed(5)
+        loader = torch.utils.data.DataLoader(Noisy(train), 64, shuffle=True, generator=generator)
+        checkpoint = None if path is None else Checkpoint(path, 0, lambda seconds: stop)
+        training = Training(4, 0.01, progress=False, checkpoint=checkpoint)
+        return distill(small_net(), None, loader, batches_of(val), training=training)
+
+    whole = once(None, False)
+    for _ in range(3):
+        with pytest.raises(Stopped):
+            once(tmp_path / 'a.safetensors', True)
+    end = once(tmp_path / 'a.safetensors', False)
+    assert end.history == whole.history and same(end.student, whole.student)
+
+
+def test_a_network_that_was_trained_meanwhile_is_refused_with_a_hint(tmp_path):
+    with pytest.raises(Stopped):
+        call(tmp_path / 'a.safetensors')
+    with pytest.raises(ValueError, match='untrained networks as at first'):
+        call(tmp_path / 'a.safetensors', net=lambda: small_net().half().float())
