@@ -125,9 +125,17 @@ def test_lines_of_sittings_that_say_nothing_are_skipped(tmp_path):
 # 3: packing fails
 
 
-@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), SafetensorError('io error')])
-@pytest.mark.parametrize('times, code', [(1, None), (99, 2)])
-def test_a_packing_that_fails_is_tried_again_and_reported(error, times, code, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    'error, times, code, whole',
+    [
+        (OSError(28, 'No space left on device'), 1, None, False),
+        (OSError(28, 'No space left on device'), 99, 2, True),
+        (SafetensorError('io error'), 99, 2, False),
+    ],
+)
+def test_a_packing_that_fails_is_tried_again_and_reported(
+    error, times, code, whole, tmp_path, monkeypatch, capsys
+):
     calls, real = [], cli_module.pack_home
 
     def fail(*args):
@@ -137,14 +145,17 @@ def test_a_packing_that_fails_is_tried_again_and_reported(error, times, code, tm
         return real(*args)
 
     monkeypatch.setattr(cli_module, 'pack_home', fail)
+    if not whole:  # nothing is left to do but to pack
+        work(ENTRY, Sitting('smoke', f'{tmp_path}/q', f'{tmp_path}/r'))
     places = dict(folder=f'{tmp_path}/q', records=f'{tmp_path}/r', packs=f'{tmp_path}/home')
     try:
-        kd_aif_queue('run', queue='smoke', only=ENTRY.name, minutes=2.0, workers=1, **places)
+        kd_aif_queue('run', queue='smoke', only=ENTRY.name, minutes=2.0, workers=1, seconds=0.5, **places)
         found = None
     except SystemExit as e:
         found = e.code
     out = capsys.readouterr().out
-    assert found == code and len(calls) >= 2 and '1 done, 0 stopped, 0 failed' in out
+    assert found == code and len(calls) >= (4 if whole else 2)
+    assert ('1 done, 0 stopped, 0 failed, 0 done before' if whole else '1 done before') in out
     assert out.splitlines()[-1].startswith('packing failed: ') == (code == 2)
     assert bool(list(tmp_path.glob('home/pack-*'))) == (code is None)
 
