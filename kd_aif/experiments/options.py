@@ -122,8 +122,9 @@ def plain_errors():  # a context manager
 # %% ../../nbs/10_experiments/18_options.ipynb #18-options-025
 def check_folder(
     out,  # where something is going to be written; it need not exist
+    name: str = 'out',  # of the argument, for the message
 ) -> None:
     "Raise `ValueError` where the nearest existing part of the path is a file"
     existing = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
     if not existing.is_dir():
-        raise ValueError(f"out is {str(out)!r}, but {existing} is a file; give a folder")
+        raise ValueError(f"{name} is {str(out)!r}, but {existing} is a file; give a folder")

@@ -8,12 +8,14 @@ __all__ = ['QueueSettings', 'plan_table', 'kd_aif_queue']
 # %% ../../nbs/12_gpu_queue/08_cli.ipynb #d314960e
 import dataclasses
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastcore.basics import patch
 from fastcore.script import anno_parser
+from safetensors import SafetensorError
 
 from ..data.sources import load_images
 from ..experiments.options import check_folder, plain_errors
@@ -24,7 +26,14 @@ from .entries import Entry
 from .estimates import entry_flops, estimate, measured_rate, Rate
 from .packs import PackLimits
 from .queues import queue_entries
-from .sittings import done_names, look_at_machine, run_sitting, shared_gpu, workers_that_fit
+from kd_aif.gpu_queue.sittings import (
+    done_names,
+    look_at_machine,
+    only_run,
+    run_sitting,
+    shared_gpu,
+    workers_that_fit,
+)
 from kd_aif.gpu_queue.transfer import (
     next_entries,
     note_sitting,
@@ -72,9 +81,9 @@ def _check(s):
         raise ValueError(f"packs={s.packs!r} has no pack-*.safetensors; give the folder that came home")
     if s.what == 'run':
         _limits(s)
-    for path in (s.records, s.folder, s.packs):
-        if path is not None:
-            check_folder(path)
+    for name in ('records', 'folder', 'packs'):
+        if getattr(s, name) is not None:
+            check_folder(getattr(s, name), name)
     if s.data is not None and not Path(s.data).is_dir():
         raise ValueError(f"data is {s.data!r}, which is no folder; give the folder of the data sets")
 
@@ -111,24 +120,20 @@ def plan_table(
     done: set,  # names of those that are done
     rate: Rate,  # of the machine
 ) -> str:  # Markdown
-    "Every open entry with its estimate and how it was made"
+    "Every open entry with its estimate, and the rate behind it"
     rows, total = [], 0.0
     for number, entry in enumerate(entries, 1):
         if entry.name in done:
             continue
         found = estimate(entry, rate)
         total += found.seconds
-        rows.append(
-            [str(number), entry.group, entry.name, f'{found.seconds:.1f}', f'{total / 60:.1f}', found.how]
-        )
-    table = markdown_table(
-        ['', 'group', 'entry', 'seconds', 'minutes so far', 'how the estimate was made'], rows
-    )
-    return (
-        f'{table}\n\n{len(rows)} of {len(entries)} entries are open: {total / 3600:.2f} hours of the card'
-        if rows
-        else 'everything is done'
-    )
+        numbers = f'{found.seconds:.1f}', f'{total / 60:.1f}', found.how.split(',')[0]
+        rows.append([str(number), entry.group, entry.name, *numbers])
+    if not rows:
+        return 'everything is done'
+    table = markdown_table(['', 'group', 'entry', 'seconds', 'minutes so far', 'operations'], rows)
+    line = f'{len(rows)} of {len(entries)} entries are open: {total / 3600:.2f} hours of the card'
+    return f'{table}\n\n{line}\nat {rate.flops / 1e12:.1f} TFLOP/s ({rate.source})'
 
 # %% ../../nbs/12_gpu_queue/08_cli.ipynb #da1c276e
 def _plan(s):
@@ -150,15 +155,19 @@ def _pack(s):
     for part in parts:
         print(f'{part}: {_size(part)}')
     print('on the other machine: bash part-N/run.sh receive, for each part; then')
-    print(f'bash part-1/run.sh run --queue {s.queue} --minutes {s.minutes:g} --packs WHAT_COMES_HOME')
+    only = '' if s.only is None else f' --only {shlex.quote(s.only)}'
+    print(f'bash part-1/run.sh run --queue {s.queue} --minutes {s.minutes:g} --packs WHAT_COMES_HOME{only}')
 
 # %% ../../nbs/12_gpu_queue/08_cli.ipynb #e9bea040
 def _unpack(s):
     "What came home"
-    new, others, incomplete = unpack_home(s.packs, s.sitting())
+    new, others, incomplete, rejected = unpack_home(s.packs, s.sitting())
     print(f'{new} new records in {s.sitting().records}, {others} files of teachers and unfinished runs')
     if incomplete:
         print(f'not complete, and left out: {", ".join(incomplete)}')
+    if rejected:
+        print(f'no records, and moved away: {", ".join(map(str, rejected))}')
+        raise SystemExit(2)
 
 # %% ../../nbs/12_gpu_queue/08_cli.ipynb #be49d37f
 def _limits(s):
@@ -172,30 +181,66 @@ def _decode(entries, sitting, seconds):
         for split in ('train', 'test'):
             load_images(name, split, sitting.data, label=label, progress=False)
 
+# %% ../../nbs/12_gpu_queue/08_cli.ipynb #0073b8de
+class _Packing:
+    "Packs what goes home; keeps what went wrong the last time"
+
+    def __init__(self, s, entries, sitting):
+        self.folder, self.places, self.limits = s.packs, (entries, sitting), _limits(s)
+        self.left_out, self.failure = [], ''
+
+    def __call__(self, progress=None):
+        if self.folder is None:
+            return
+        try:
+            self.left_out, self.failure = pack_home(*self.places, self.folder, self.limits), ''
+        except (OSError, ValueError, SafetensorError) as e:
+            self.failure = f'{type(e).__name__}: {e}'
+            print(f'packing failed: {self.failure}', flush=True)
+
+    def report(self):
+        "Say what is not in the packs; leaves with status 2 if the last packing failed"
+        if self.left_out:
+            print(f'no room in the packs for {", ".join(self.left_out)}')
+        if self.failure:
+            print(f'packing failed: {self.failure}')
+            raise SystemExit(2)
+
+# %% ../../nbs/12_gpu_queue/08_cli.ipynb #6221c7a8
+def _note(sitting, machine, start, progress):
+    "Leave a line with the operations of this sitting"
+    worked = [e for e in progress.entries if e.name in progress.outcomes]
+    flops = sum(progress.fraction(e) * entry_flops(e) for e in worked)
+    if not flops:
+        return
+    try:
+        note_sitting(sitting, machine.name, machine.gpu, time.time() - start, flops)
+    except OSError as e:
+        print(f'the rate of this sitting was not saved: {e}')
+
 # %% ../../nbs/12_gpu_queue/08_cli.ipynb #c30ef0d5
 def _run(s):
+    "Work until the time is over, as the only run on the folder"
+    sitting, entries = s.sitting(), s.entries()
+    with only_run(sitting.folder):
+        _run_alone(s, sitting, entries)
+
+
+def _run_alone(s, sitting, entries):
     "Work until the time is over"
-    sitting, entries, start, left_out = s.sitting(), s.entries(), time.time(), []
+    start, pack = time.time(), _Packing(s, entries, sitting)
     receive(sitting.folder)
     _decode(entries, sitting, 60 * s.minutes)
     machine = look_at_machine()
     workers = s.workers or workers_that_fit(machine, s.threads)
-
-    def pack(progress):
-        if s.packs is not None:
-            left_out[:] = pack_home(entries, sitting, s.packs, _limits(s))
-
     with shared_gpu(sitting.folder, machine) as how:
         print(f'{workers} side by side on {machine.name}, {how}, for {s.minutes:g} minutes', flush=True)
         early = dataclasses.replace(sitting, deadline=sitting.deadline - min(20.0, 6 * s.minutes))
         progress = run_sitting(entries, early, workers, pack)
-    flops = sum(progress.fraction(e) * entry_flops(e) for e in entries if e.name in progress.outcomes)
-    if flops:
-        note_sitting(sitting, machine.name, machine.gpu, time.time() - start, flops)
-        pack(progress)
+    _note(sitting, machine, start, progress)
+    pack()
     print(f'\n{progress.table()}')
-    if left_out:
-        print(f'no room in the packs for {", ".join(left_out)}')
+    pack.report()
 
 # %% ../../nbs/12_gpu_queue/08_cli.ipynb #844a8b39
 _ACTIONS = dict(plan=_plan, pack=_pack, run=_run, unpack=_unpack)

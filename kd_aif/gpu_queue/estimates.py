@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TEACHERS_TRAINED', 'UNLABELLED_PASSES', 'COUNTERS', 'BEFORE', 'SITTINGS', 'forward_flops', 'entry_flops', 'Rate',
-           'recorded_rate', 'measured_rate', 'Estimate', 'estimate']
+           'recorded_rate', 'read_sitting', 'measured_rate', 'Estimate', 'estimate']
 
 # %% ../../nbs/12_gpu_queue/04_estimates.ipynb #e645ba31
 import json
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -128,16 +129,29 @@ def recorded_rate(
 SITTINGS = 'sittings.jsonl'  # file of the sittings, in the folder of the records
 
 
+def read_sitting(
+    line: str | bytes,  # JSON
+) -> dict | None:  # device, gpu, seconds, flops, time; None for anything else
+    "One sitting; seconds and operations are positive numbers"
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not all(isinstance(found.get(k), str) for k in ('device', 'time')):
+        return None
+    numbers = [found.get(k) for k in ('seconds', 'flops')]
+    return found if all(type(x) in (int, float) and 0 < x < math.inf for x in numbers) else None
+
+# %% ../../nbs/12_gpu_queue/04_estimates.ipynb #3f358503
 def measured_rate(
     records: str | Path,  # folder of the records
     device: str | None = None,  # name of the device; None: any GPU
 ) -> Rate:  # of all runs together
     "Rate of the last sitting, or the older one"
     path = Path(records) / SITTINGS
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    fitting = [
-        s for s in lines if s['flops'] > 0 and (s['device'] == device or (device is None and s['gpu']))
-    ]
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    sittings = [s for s in map(read_sitting, lines) if s is not None]
+    fitting = [s for s in sittings if s['device'] == device or (device is None and s.get('gpu'))]
     if not fitting:
         return BEFORE
     last = fitting[-1]

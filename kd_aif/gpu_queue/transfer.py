@@ -22,9 +22,9 @@ from ..data.human_labels import HUMAN_LABELS
 from ..experiments.storage import run_name
 from ..foundation.core import atomic_write
 from .entries import Entry, TEACHER
-from .estimates import estimate, measured_rate, SITTINGS
+from .estimates import estimate, measured_rate, read_sitting, SITTINGS
 from .packs import PackLimits, write_packs
-from .sittings import done_names
+from .sittings import done_names, teacher_files
 from .workers import Sitting
 from ..reporting.origins import code_commit
 from ..reporting.record_files import load_records, save_record
@@ -96,8 +96,8 @@ def kept_files(
     names = []
     needed = {e.needs for e in entries if e.needs}
     for teacher in (e for e in sitting_teachers(sitting) if e in needed):
-        marker = json.loads((storage.teacher_folder / f'{teacher}.done.json').read_text())
-        names += [f'teachers/{name}' for name in (f'{teacher}.done.json', *marker['files'])]
+        files = teacher_files(storage.teacher_folder / f'{teacher}.done.json')
+        names += [f'teachers/{name}' for name in (f'{teacher}.done.json', *files) if files]
     states = sorted((folder / 'states').glob('*.safetensors'), key=lambda p: p.stat().st_size)
     return names + [f'states/{p.name}' for p in states]
 
@@ -184,7 +184,7 @@ def _assign(sizes, part_bytes):
     for name, size in sizes.items():
         if size > part_bytes:
             raise ValueError(
-                f"{name} has {size:,} bytes, more than a part of {part_bytes:,}; allow larger parts"
+                f"{name} has {size:,} bytes, and a part has room for {part_bytes:,}; give more --megabytes"
             )
         place = next((i for i, free in enumerate(left) if free >= size), None)
         if place is None:
@@ -203,8 +203,14 @@ def _write_parts(stage, out, part_bytes):
     sizes = {p.relative_to(stage).as_posix(): p.stat().st_size for p in files}
     atomic_write(stage / 'parts.json', json.dumps(sizes))
     own = len(RUN_SH.encode()) + 100 + (stage / 'parts.json').stat().st_size
-    folders = []
-    for number, names in enumerate(_assign(sizes, part_bytes - own), 1):
+    if part_bytes <= own:
+        raise ValueError(
+            f"a part of {part_bytes:,} bytes is too small for its list of files; give more --megabytes"
+        )
+    assigned, folders = _assign(sizes, part_bytes - own), []
+    for script in out.glob('part-*/run.sh'):  # other folders of that name are not ours
+        shutil.rmtree(script.parent)
+    for number, names in enumerate(assigned, 1):
         folders.append(out / f'part-{number}')
         for name in (*names, 'parts.json'):
             target = folders[-1] / 'content' / name
@@ -231,8 +237,6 @@ def pack_parts(
         _stage_state([e for e in entries if e.name not in done], sitting, stage)
         if sitting.data is not None:
             stage_data(coming, sitting.data, stage / 'data')
-        for script in out.glob('part-*/run.sh'):  # other folders of that name are not ours
-            shutil.rmtree(script.parent)
         return _write_parts(stage, out, settings.part_bytes)
 
 # %% ../../nbs/12_gpu_queue/07_transfer.ipynb #488e496a
@@ -284,34 +288,59 @@ def pack_home(
     )
 
 # %% ../../nbs/12_gpu_queue/07_transfer.ipynb #84b94ac7
+def _reject(path):
+    "Move a file to the folder of rejected ones; its new path"
+    target = path.parents[1] / 'rejected' / path.name
+    target.parent.mkdir(exist_ok=True)
+    return path.replace(target)
+
+
+def _read_record(path):
+    "The `Record` in a file; None if there is none"
+    try:
+        return Record(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+# %% ../../nbs/12_gpu_queue/07_transfer.ipynb #61aebbab
 def unpack_home(
     packs: str | Path,  # folder of the packs
     sitting: Sitting,  # whose folder and records
     limits: PackLimits = PackLimits(total_bytes=10**9),  # a guard against packs that unfold without end
-) -> tuple[int, int, list]:  # new records, other files, names of files that are not complete
+) -> tuple[int, int, list, list]:  # new records, other files, names that are not complete, rejected files
     "Turn packs into records, teachers and states"
     names, incomplete = limits.unpack_into(packs, sitting.folder)
-    new = 0
+    new, rejected = 0, []
     for path in sorted(Path(sitting.folder, 'new').glob('*.json')):
-        record = Record(**json.loads(path.read_text()))
+        record = _read_record(path)
+        if record is None:
+            rejected.append(_reject(path))
+            continue
         new += record.key not in {
             r.key for r in load_records(sitting.records, record.experiment, record.tier)
         }
         save_record(record, sitting.records)
         path.unlink()
-    _join_sittings(sitting)
-    return new, len([n for n in names if not n.startswith(('new/', 'sittings/'))]), incomplete
+    rejected += _join_sittings(sitting)
+    others = [n for n in names if not n.startswith(('new/', 'sittings/'))]
+    return new, len(others), incomplete, rejected
 
-# %% ../../nbs/12_gpu_queue/07_transfer.ipynb #61aebbab
+# %% ../../nbs/12_gpu_queue/07_transfer.ipynb #af044326
 def _join_sittings(sitting):
-    "Add the lines of sittings that are not in the records yet"
-    path = Path(sitting.records) / SITTINGS
-    lines = path.read_text().splitlines() if path.exists() else []
+    "Add the lines of sittings that are not in the records yet; paths of rejected files"
+    path, rejected = Path(sitting.records) / SITTINGS, []
+    before = path.read_text(errors='replace').splitlines() if path.exists() else []
+    lines = list(before)
     for file in sorted(Path(sitting.folder).glob('sittings/*.json')):
-        line = json.dumps(json.loads(file.read_text()), sort_keys=True)
+        found = read_sitting(file.read_bytes())
+        if found is None:
+            rejected.append(_reject(file))
+            continue
+        line = json.dumps(found, sort_keys=True)
         lines += [line] * (line not in lines)
-    if lines:
+    if lines != before:
         atomic_write(path, '\n'.join(lines) + '\n')
+    return rejected
 
 # %% ../../nbs/12_gpu_queue/07_transfer.ipynb #25dbde9a
 def note_sitting(

@@ -89,7 +89,7 @@ class Outcome:
     epochs: int  # or blocks of steps, in this sitting
     seconds: float  # in this sitting, imports left out
     accuracy: float | None = None  # of the student, on the test set
-    message: str = ''  # of the error
+    message: str = ''  # of the error, or why it stopped
 
 # %% ../../nbs/12_gpu_queue/05_workers.ipynb #3195768f
 def work(
@@ -156,10 +156,14 @@ def start_worker(
 def worker_outcome(
     name: str,  # of the entry
     sitting: Sitting,  # whose folder
+    killed: bool = False,  # whether the sitting killed its process at the deadline
 ) -> Outcome:  # of a process that has ended
     "What a worker did"
     path = log_path(sitting, name, 'outcome.json')
     if path.exists():
         return Outcome(**json.loads(path.read_text()))
+    if killed:
+        return Outcome(name, 'stopped', 0, 0.0, message='ended at the deadline; goes on from its last state')
     output = log_path(sitting, name, 'output.txt')
-    return Outcome(name, 'failed', 0, 0.0, message=f'its process ended without a word; see {output}')
+    message = f'its process ended without writing an outcome; see {output}'
+    return Outcome(name, 'failed', 0, 0.0, message=message)

@@ -483,7 +483,7 @@ def test_incomplete_files_are_left_out_and_named(tmp_path):
         ['states/a.safetensors'], tmp_path / 'there', tmp_path / 'home', PackLimits(file_bytes=130_000)
     )
     (tmp_path / 'home' / 'pack-0.safetensors').unlink()
-    assert unpack_home(tmp_path / 'home', sitting) == (0, 0, ['states/a.safetensors'])
+    assert unpack_home(tmp_path / 'home', sitting) == (0, 0, ['states/a.safetensors'], [])
     assert not (Path(sitting.folder) / 'states').exists()
 
 
