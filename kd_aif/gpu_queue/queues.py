@@ -13,7 +13,7 @@ from ..benchmarks.full_size import make_scoring_task
 from ..experiments.expected_runs import EXPECTED, ExpectedRuns
 from ..experiments.ssl_tasks import make_ssl_task
 from ..experiments.tasks import make_task
-from .entries import entries_of_run, without_repetition
+from .entries import entries_of_run, TRAIN_ONLY, without_repetition
 
 # %% ../../nbs/12_gpu_queue/03_queues.ipynb #697a4a94
 def _distillation_task(expected, seed):
@@ -44,9 +44,10 @@ def table_entries(
     expected: ExpectedRuns,  # one table
     seed: int,  # one of its seeds
 ) -> list:  # of `Entry`, shared teachers in front
-    "All methods of one table and seed"
+    "All methods of one table and seed, last those whose teacher serves nobody else"
+    methods = sorted(expected.methods, key=lambda method: method in TRAIN_ONLY)
     task = _TASKS.get(expected.experiment, _distillation_task)(expected, seed)
-    entries = [entries_of_run(group, expected.experiment, task, method) for method in expected.methods]
+    entries = [entries_of_run(group, expected.experiment, task, method) for method in methods]
     return [entry for run in entries for entry in run]
 
 # %% ../../nbs/12_gpu_queue/03_queues.ipynb #b7036ee7
