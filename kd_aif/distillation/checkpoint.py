@@ -10,6 +10,8 @@ __all__ = ['Stopped', 'Checkpoint', 'as_checkpoint', 'tensor_hash', 'network_has
 import dataclasses
 import dis
 import inspect
+import os
+import secrets
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +43,7 @@ class Checkpoint:
             raise TypeError(
                 f"checkpoint is {self.path!r}; give the path of a file, such as 'run.safetensors'"
             )
-        if Path(self.path).expanduser().is_dir():
+        if os.path.isdir(Path(self.path).expanduser()):
             raise ValueError(f"checkpoint is {str(self.path)!r}, which is a folder; give the path of a file")
         if self.seconds != 0:
             check_positive('seconds', self.seconds)
@@ -227,6 +229,19 @@ def write_checkpoint(
     "Write a state, whole or not at all"
     save_state(dict(format=_FORMAT, description=description, state=state), checkpoint.path)
 
+# %% ../../nbs/06_distillation/03b_checkpoint.ipynb #62eb0091
+def _check_writable(path):
+    "Raise `ValueError` where no file can be made beside the path"
+    trial = path.with_name(f'.{path.stem}-{secrets.token_hex(4)}{path.suffix}')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as e:
+        raise ValueError(
+            f"checkpoint={str(path)!r} cannot be written ({e.strerror}); give another path"
+        ) from e
+
 # %% ../../nbs/06_distillation/03b_checkpoint.ipynb #ffd3f6c0
 def read_checkpoint(
     checkpoint: Checkpoint,  # where
@@ -235,6 +250,7 @@ def read_checkpoint(
 ) -> dict | None:  # the state; None where there is no file
     "Read the state of a training; raises `ValueError` for a broken file and for that of another training"
     path = Path(checkpoint.path).expanduser()
+    _check_writable(path)
     if not path.exists():
         return None
     saved = load_state(path, device)

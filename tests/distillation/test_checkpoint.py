@@ -384,3 +384,12 @@ def test_a_network_that_was_trained_meanwhile_is_refused_with_a_hint(tmp_path):
         call(tmp_path / 'a.safetensors')
     with pytest.raises(ValueError, match='untrained networks as at first'):
         call(tmp_path / 'a.safetensors', net=lambda: small_net().half().float())
+
+
+@pytest.mark.parametrize(
+    'path', ['/proc/none/run.safetensors', f'{"x" * 300}.safetensors', '/dev/null/a.safetensors']
+)
+def test_a_path_that_cannot_be_written_is_named_before_any_work(path, monkeypatch):
+    monkeypatch.setattr('kd_aif.distillation.trainer.Fit.train_epoch', lambda *_: pytest.fail('it trains'))
+    with pytest.raises(ValueError, match='cannot be written'):
+        run(path)
