@@ -233,7 +233,9 @@ def test_ten_kills_and_one_end(whom, tmp_path, uninterrupted):
 
 def test_asked_to_leave_it_leaves_states_and_a_table(tmp_path, uninterrupted):
     process = subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, text=True)
-    time.sleep(6)
+    while 'side by side' not in process.stdout.readline():  # imports take their time
+        assert process.poll() is None
+    time.sleep(4)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and 'waiting' in out.splitlines()[-1]
