@@ -22,7 +22,6 @@ from ..experiments.options import check_folder, plain_errors
 from ..foundation.core import cache_dir, check_positive, check_whole
 
 # %% ../../nbs/12_gpu_queue/08_cli.ipynb #16717e01
-from .entries import Entry
 from .estimates import entry_flops, estimate, measured_rate, Rate
 from .packs import PackLimits
 from .queues import queue_entries

@@ -10,7 +10,6 @@ __all__ = ['TEACHER', 'TRAIN_ONLY', 'OWN_TEACHER', 'RUNNERS', 'Entry', 'setting_
 import dataclasses
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
