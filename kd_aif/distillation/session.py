@@ -128,14 +128,16 @@ def _before_epoch(self: Session, before, learner, distilled):
 # %% ../../nbs/06_distillation/10_session.ipynb #2b40d534
 @patch
 def _training_clock(self: Session, phase):
-    "tick() brings the seconds of this training up to date"
+    "tick() brings the seconds of this training up to date, and gives those that were added"
     start, spent = perf_counter(), dict(self.clock.seconds)
 
     def tick():
         found = spent.get(phase, 0.0) + perf_counter() - start
         for part in ('scoring', 'class_weighting'):
             found -= self.clock.seconds.get(part, 0.0) - spent.get(part, 0.0)
+        added = found - self.clock.seconds.get(phase, 0.0)
         self.clock.seconds[phase] = found
+        return added
 
     return tick
 
@@ -148,10 +150,7 @@ def _train(self: Session, fit: Fit, phase: str, before_epoch: Callable, others: 
     tick = self._training_clock(phase)
 
     def after_epoch(line):
-        epoch_seconds = -self.clock.seconds.get(phase, 0.0)
-        tick()
-        epoch_seconds += self.clock.seconds[phase]
-        self.progress.after_epoch(lambda: dict(fit=fit.state_dict()) | self._state(others), epoch_seconds)
+        self.progress.after_epoch(lambda: dict(fit=fit.state_dict()) | self._state(others), tick())
 
     fit.run(phase, before_epoch, after_epoch)
     tick()
