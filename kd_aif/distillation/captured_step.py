@@ -153,6 +153,9 @@ RECORDERS = dict(cuda=record_cuda_graph)  # type of device -> record(function, i
 def _undeclared(objective):
     "The functions of an objective that do not say that they are pure functions of tensors"
     named = dict(label_loss=objective.label_loss, forward=objective.forward)
+    named |= dict(teacher_loss=objective.teacher_loss)
+    if objective.teacher_update is not None:
+        named |= dict(teacher_update=objective.teacher_update)
     names = [name for name, function in named.items() if not is_static(function)]
     return names + ['auxiliary'] * (objective.auxiliary is not None and not objective.auxiliary.static)
 

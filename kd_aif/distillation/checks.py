@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_settings', 'count_classes', 'check_teacher', 'check_trainable', 'check_label_loss', 'check_auxiliary',
-           'check_data', 'check_networks']
+           'check_data', 'check_kind_of_labels', 'check_networks']
 
 # %% ../../nbs/06_distillation/08_checks.ipynb #16f799ed
 import warnings
@@ -21,8 +21,15 @@ from .trainer import Training
 from .weighting import Fixed, Influence, Published, Reweighting
 from ..foundation.batches import model_device, eval_view, to_device
 from ..foundation.core import evaluating
+from kd_aif.foundation.losses import (
+    batch_cross_entropy,
+    softened_divergence,
+    squared_difference,
+    squared_error,
+)
 from ..foundation.splits import stratified_folds
 from ..models.features import features_and_logits
+from ..weights.class_weights import ClassWeighting
 
 # %% ../../nbs/06_distillation/08_checks.ipynb #c06c6652
 def check_settings(
@@ -296,6 +303,43 @@ def check_data(
         check_batches('test', eval_view(test), n_classes)
     if isinstance(weighting, (Influence, Published)):
         stratified_folds(data.val_samples.y, getattr(weighting, 'folds', 2))
+
+# %% ../../nbs/06_distillation/08_checks.ipynb #08c074dc
+def _regression_fault(config):
+    "What of the settings does not fit labels that are real numbers, and the remedy; None: nothing"
+    objective, weighting = config['objective'], config['weighting']
+    if objective.label_loss is batch_cross_entropy or objective.teacher_loss is softened_divergence:
+        return 'the objective compares classes; give objective=regression_objective()'
+    if 'posterior' in getattr(weighting, 'score', ()):
+        return "score 'posterior' weighs classes; use score=('mean', 'loss'), or 'mean' with Published"
+    if isinstance(getattr(weighting, 'class_weighting', None), ClassWeighting):
+        return 'class_weighting weighs classes; leave it out'
+    if getattr(config['schedule'], 'generations', 1) > 1:
+        return 'generations above 1 replace labels by probabilities of classes; leave it at 1'
+    return None
+
+# %% ../../nbs/06_distillation/08_checks.ipynb #4c72ad66
+def check_kind_of_labels(
+    data: TrainingSet,  # what trains
+    config: dict,  # mechanism, schedule, weighting, objective
+) -> None:
+    "Classes or real numbers: both sets agree, and the settings fit; raises `ValueError`"
+    kinds = [y.is_floating_point() for y in (data.samples.y, data.val_samples.y)]
+    if kinds[0] != kinds[1]:
+        words = ['real numbers' if number else 'classes' for number in kinds]
+        raise ValueError(
+            f"labels: those of train are {words[0]}, those of val {words[1]}; give both one kind"
+        )
+    objective = config['objective']
+    if kinds[0] and (fault := _regression_fault(config)):
+        raise ValueError(f"labels are real numbers, but {fault}")
+    if not kinds[0] and (
+        objective.label_loss is squared_error or objective.teacher_loss is squared_difference
+    ):
+        raise ValueError(
+            'labels are classes, but the objective takes them for numbers; '
+            'give Objective(), or labels in float32 for a regression'
+        )
 
 # %% ../../nbs/06_distillation/08_checks.ipynb #61d98f40
 def check_networks(

@@ -14,6 +14,7 @@ from torch import nn
 from ..data.training_set import TrainingSet
 from kd_aif.distillation.checks import (
     check_data,
+    check_kind_of_labels,
     check_networks,
     check_settings,
     check_trainable,
@@ -148,6 +149,7 @@ def open_session(
     weighting, objective, training = config['weighting'], config['objective'], config['training']
     include_validation = training.include_validation and weighting is not None
     data = TrainingSet(train, val, include_validation, training.seed, model_device(student))
+    check_kind_of_labels(data, config)
     n_classes = count_classes(student, data.samples.first, objective.forward)
     check_data(data, test, weighting, n_classes)
     check_networks(student, teacher, data.samples.first, objective, weighting)

@@ -66,6 +66,7 @@ def teacher_forward(
     cached = training.cache_teacher
     if cached is None:
         cached = is_deterministic(data.batches) and objective.auxiliary is None
-    if not cached or teacher is None or joint or objective.auxiliary is not None:
+    learns = joint or objective.teacher_update is not None
+    if not cached or teacher is None or learns or objective.auxiliary is not None:
         return outputs
     return CachedTeacher(teacher, data, forward)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from .evaluation import agreement, classification_metrics, evaluate, predict
+from .evaluation import agreement, evaluate, output_metrics, predict
 from .run_weights import RunWeights
 from ..foundation.batches import eval_view
 from ..influence.cross_scores import CrossScores
@@ -58,6 +58,24 @@ def _repr_markdown_(self: Run):
     head = [f"**Run** ({name}, {len(self.index):,} training samples)", '', '| final epoch | |', '|:--|--:|']
     return '\n'.join(head + [f'| {label} | {value} |' for label, value in rows])
 
+# %% ../../nbs/06_distillation/09_result.ipynb #37d7c0eb
+@patch
+def suspicious(
+    self: Run,
+    k: int = 10,  # how many
+) -> Tensor:  # (k,) stable index
+    """The training samples whose labels are least likely to be good, the most suspicious first.
+    Raises `ValueError` for a run without scores"""
+    if self.scores is None:
+        raise ValueError(
+            "scores: this run has none; give distill(...) a mechanism, such as mechanism='student'"
+        )
+    values = self.scores.values
+    order = (values.mean(0) if values.ndim > 1 else values).argsort(stable=True)
+    if self.calibration is not None:
+        order = order[self.calibration.probability[order].argsort(stable=True)]
+    return self.index[order[:k]]
+
 # %% ../../nbs/06_distillation/09_result.ipynb #f81b81b3
 def _number(name, value):
     "Three digits; a p-value is never shown as zero"
@@ -77,8 +95,9 @@ def weight_metrics(
     return metrics
 
 # %% ../../nbs/06_distillation/09_result.ipynb #df173a3b
-def _accuracy_and_loss(prefix, found):
-    return {f'{prefix}_accuracy': found['accuracy'], f'{prefix}_loss': found['loss']}
+def _named(prefix, found):
+    "Single numbers among metrics, under names of their own"
+    return {f'{prefix}_{name}': value for name, value in found.items() if isinstance(value, float)}
 
 # %% ../../nbs/06_distillation/09_result.ipynb #092adf8f
 def final_metrics(
@@ -90,14 +109,14 @@ def final_metrics(
     forward: Callable = default_forward,  # forward(model, batch) -> logits
 ) -> dict:  # see `Run.metrics`
     "Metrics of the final epoch"
-    metrics = weight_metrics(weights) | _accuracy_and_loss('val', evaluate(student, eval_view(val), forward))
+    metrics = weight_metrics(weights) | _named('val', evaluate(student, eval_view(val), forward))
     if test is None:
         return metrics
     ours, y = predict(student, eval_view(test), forward)
-    found = classification_metrics(ours, y)
-    metrics |= _accuracy_and_loss('test', found) | dict(per_class_accuracy=found['per_class_accuracy'])
+    found = output_metrics(ours, y)
+    metrics |= _named('test', found) | {k: v for k, v in found.items() if k == 'per_class_accuracy'}
     if teacher is None:
         return metrics
     theirs, _ = predict(teacher, eval_view(test), forward)
-    teacher_accuracy = classification_metrics(theirs, y)['accuracy']
-    return metrics | dict(teacher_test_accuracy=teacher_accuracy) | agreement(ours, theirs)
+    of_teacher = {k: v for k, v in output_metrics(theirs, y).items() if k != 'loss'}
+    return metrics | _named('teacher_test', of_teacher) | agreement(ours, theirs)

@@ -24,6 +24,7 @@ from kd_aif.distillation.scoring import (
 from .trainer import Training
 from .weighting import Fixed, Influence, Published, Reweighting
 from ..foundation.batches import eval_view
+from ..foundation.splits import class_groups
 from ..weights.class_weights import ClassWeighting, ClassWeights
 from ..weights.sample_weights import SampleWeights, WeightTable
 
@@ -53,7 +54,7 @@ class RunWeights:
 # %% ../../nbs/06_distillation/07_run_weights.ipynb #cd0334bc
 def _sample_weights(weighting, data):
     "`SampleWeights` of all samples that train"
-    n, val_y = data.n, data.val_y if data.include_validation else None
+    n, val_y = data.n, class_groups(data.val_y) if data.include_validation else None
     if isinstance(weighting, Published):
         return SampleWeights(
             n, weighting.transform, weighting.beta, weighting.update, validation_labels=val_y
@@ -72,7 +73,7 @@ def _class_weights(weights, n_classes, max_fraction):
     "`ClassWeights`, or None where there are none"
     settings = getattr(weights.weighting, 'class_weighting', None)
     if settings == 'auto':
-        settings = ClassWeighting(max_fraction=max_fraction)
+        settings = ClassWeighting(max_fraction=max_fraction) if n_classes > 1 else None
     if settings is None:
         return None
     loss, seed = weights.objective.label_loss, weights.training.seed

@@ -143,8 +143,9 @@ class Training:
     "How networks are trained; raises `ValueError` for settings out of range"
 
     epochs: int = 15  # passes over the data
-    lr: float = 0.1  # peak learning rate of the one-cycle schedule
+    lr: float = 0.1  # peak learning rate of the schedule
     make_optimizer: Callable = sgd  # make_optimizer(parameters, lr) -> optimizer
+    make_schedule: Callable = one_cycle  # make_schedule(optimizer, lr, updates) -> learning-rate schedule
     include_validation: bool = True  # where there are weights, validation samples train too
     autocast: torch.dtype | None = None  # precision of forward passes; None: the models'
     compile: Callable | None = None  # such as `torch.compile`: what is made of the forward pass of training
@@ -193,7 +194,7 @@ class WeightedTrainer(Trainer):
     ):
         parameters = [*model.parameters(), *(loss.parameters() if isinstance(loss, nn.Module) else [])]
         optimizer = training.make_optimizer([p for p in parameters if p.requires_grad], training.lr)
-        super().__init__(model, optimizer, one_cycle(optimizer, training.lr, steps))
+        super().__init__(model, optimizer, training.make_schedule(optimizer, training.lr, steps))
         self.forward, self.weights, self.epochs = forward, weights, training.epochs
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #3e86da1c
@@ -276,8 +277,10 @@ def count(
     losses: Tensor,  # (b,)
     y: Tensor,  # (b,) labels
 ) -> None:
-    "Add the losses of a batch and its right answers to the sums of the epoch"
-    parts = losses.sum(), (logits.argmax(1) == y).sum()
+    "Add the losses of a batch, and the right answers where there are classes, to the sums of the epoch"
+    parts = [losses.sum()]
+    if not y.is_floating_point():
+        parts.append((logits.argmax(1) == y).sum())
     if self.sums is None:
         self.sums = [part.clone() for part in parts]
         return
@@ -292,6 +295,8 @@ def train_batch(
     epoch: int,  # number of the epoch, from 0
 ) -> tuple[Tensor, Tensor]:  # (b, C) logits and (b,) losses of the model
     "One step of every network that learns"
+    if self.objective.teacher_update is not None:
+        self.objective.teacher_update(self, batch, epoch)
     for trainer, loss_of in self.learners():
         logits, losses = trainer.step(batch, loss_of(batch), epoch)
     self.count(logits, losses, batch['y'])
@@ -337,14 +342,14 @@ def train_epoch(
     self: Fit,
     number: int,  # of the epoch, from 0
     phase: str,  # 'teacher' or 'student', for the history and messages
-) -> dict:  # 'epoch', 'phase', mean 'loss' and 'accuracy' of the training batches
+) -> dict:  # 'epoch', 'phase', mean 'loss' and, with classes, 'accuracy' of the training batches
     "All batches once; raises `ValueError` for unknown samples and for a loss that is not finite"
     n = self._all_batches(number)
     for part in (self.weights, self.objective.label_loss):
         if hasattr(part, 'check'):
             part.check()
-    total, right = (float(part) / n for part in self.sums)
-    line = dict(epoch=number, phase=phase, loss=total, accuracy=right)
+    means = (float(part) / n for part in self.sums)
+    line = dict(epoch=number, phase=phase) | dict(zip(('loss', 'accuracy'), means))
     if not math.isfinite(line['loss']):
         lr = self.training.lr
         raise ValueError(f"{phase}: the loss is not finite in epoch {number}; use a smaller lr than {lr}")
@@ -368,7 +373,7 @@ def run(
         for number in bar:
             before_epoch(number)
             self.history.append(line := self.train_epoch(number, phase))
-            bar.set_postfix(loss=f"{line['loss']:.3f}", accuracy=f"{line['accuracy']:.1%}")
+            bar.set_postfix({k: f'{line[k]:.3f}' for k in ('loss', 'accuracy') if k in line})
             after_epoch(line)
     self.model.eval()
     return self.history

@@ -16,7 +16,7 @@ from torch import nn, Tensor
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #003c8835
 from ..foundation.batches import batch_rows, check_order, sample_batches, sample_mask
-from ..foundation.splits import stratified_folds
+from ..foundation.splits import class_groups, stratified_folds
 from .curvature import FlatModel, GaussNewton, mean_gradient
 from .directional import check_finite, directional_scores
 from kd_aif.influence.last_layer import (
@@ -198,7 +198,7 @@ def _outputs(flat, batches):
             batch = flat.prepare(batch)
             z = flat.logits(flat.parameters(), batch)
             losses = _check_losses(flat.loss(z, batch), len(z))
-            parts.append((z, losses, batch['index'], batch['y']))
+            parts.append((z, losses, batch['index'], class_groups(batch['y'])))
     if not parts:
         raise ValueError("batches: no sample; give at least one batch, in a list or another re-iterable")
     return _Outputs(*map(torch.cat, zip(*parts)))

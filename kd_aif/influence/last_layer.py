@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..foundation.batches import batch_rows, check_order, find_positions, sample_mask, to_device
 from ..foundation.core import bar_options, generator
+from ..foundation.splits import class_groups
 from .curvature import FlatModel
 from .forward_mode import measuring
 from .iterative_solvers import CG
@@ -87,7 +88,7 @@ class LastLayerView:
     logit_hessians: Tensor  # (m, C, C) its Hessian, for m of the samples
     hessian_rows: Tensor  # (m,) positions of these samples
     index: Tensor  # (n,) stable index
-    y: Tensor  # (n,) given labels
+    y: Tensor  # (n,) given labels; zeros where they are real numbers
 
     def __len__(self):
         return len(self.index)
@@ -169,7 +170,8 @@ def _derivatives(loss, z, batch, chosen, start):
     rows = chosen[start : start + len(z)].nonzero()[:, 0]
     none = z.new_zeros(0, z.shape[1], z.shape[1])
     hessian = logit_hessians(loss, z[rows], batch_rows(batch, rows)) if len(rows) else none
-    return losses, gradient, hessian, (rows + start).to(z.device), batch['index'], batch['y']
+    labels = class_groups(batch['y'])
+    return losses, gradient, hessian, (rows + start).to(z.device), batch['index'], labels
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #07-influence-023
 def _hessian_mask(batches, max_hessians, n_samples):
