@@ -14,17 +14,27 @@ import torch
 from .images import content_hash, ImageData
 from ..foundation.core import check_fraction, generator
 
+# %% ../../nbs/02_data/03_label_noise.ipynb #f18c9189
+def _check_classes(data):
+    "ValueError for labels that are real numbers"
+    if data.y.is_floating_point():
+        raise ValueError(
+            "data has labels that are real numbers, so there are no classes to confuse or to thin out; "
+            "use shuffled_noise"
+        )
+
 # %% ../../nbs/02_data/03_label_noise.ipynb #02-data-052
 def symmetric_noise(
-    data: ImageData,  # any set
+    data,  # any set of images or texts with classes
     rate: float,  # fraction of the samples that get a random label, 0 to 1
     seed: int,  # the noise is a pure function of it
-) -> ImageData:  # the same images in the same order, with other `y`; `clean_y` is untouched
+):  # the same samples in the same order, with other `y`; `clean_y` is untouched
     """Exactly round(rate·n) samples get a label drawn from ALL classes.
 
     About 1 - rate·(C - 1)/C of the labels stay right. Raises ValueError for a rate outside 0..1.
     """
     check_fraction('rate', rate)
+    _check_classes(data)
     g, n = generator(seed, 'symmetric noise'), len(data)
     chosen = torch.randperm(n, generator=g)[: round(rate * n)]
     y = data.y.cpu().clone()
@@ -49,17 +59,18 @@ def _class_number(data, c):
 
 # %% ../../nbs/02_data/03_label_noise.ipynb #02-data-056
 def asymmetric_noise(
-    data: ImageData,  # any set
+    data,  # any set of images or texts with classes
     rate: float,  # fraction of each mapped class that gets the label of its neighbour, 0 to 1
     seed: int,  # the noise is a pure function of it
     mapping: dict = None,  # class → class it is taken for, names or numbers; default see above
-) -> ImageData:  # the same images in the same order, with other `y`; `clean_y` is untouched
+):  # the same samples in the same order, with other `y`; `clean_y` is untouched
     """Exactly round(rate·n_c) samples of each mapped class c get the label of a similar class.
 
     The default mapping is that of Patrini et al. (2017) for CIFAR-10, else c → c + 1.
     Raises ValueError for a bad rate or class.
     """
     check_fraction('rate', rate)
+    _check_classes(data)
     if mapping is None:
         mapping = _similar.get(data.name) or {c: (c + 1) % data.n_classes for c in range(data.n_classes)}
     g, y = generator(seed, 'asymmetric noise'), data.y.cpu().clone()
@@ -111,17 +122,18 @@ def _gumbel_order(weights, g):
 
 # %% ../../nbs/02_data/03_label_noise.ipynb #02-data-060
 def instance_noise(
-    data: ImageData,  # any set
+    data,  # any set of images or texts with classes
     rate: float,  # fraction of the samples that get a wrong label, 0 to 1
     probabilities,  # (n, C) class probabilities of a small network, in the order of `data`
     seed: int,  # the noise is a pure function of it and of `probabilities`
-) -> ImageData:  # the same images in the same order, with other `y`; `clean_y` is untouched
+):  # the same samples in the same order, with other `y`; `clean_y` is untouched
     """Exactly round(rate·n) samples get the most probable class other than their label.
 
     They are drawn in proportion to its probability. Raises ValueError for a bad rate or
     probabilities that are none.
     """
     check_fraction('rate', rate)
+    _check_classes(data)
     p, y = _check_probabilities(probabilities, len(data), data.n_classes), data.y.cpu().clone()
     if data.n_classes < 2:
         raise ValueError(f"data has {data.n_classes} class; a wrong label needs at least 2")
@@ -132,16 +144,17 @@ def instance_noise(
 
 # %% ../../nbs/02_data/03_label_noise.ipynb #02-data-069
 def long_tail(
-    data: ImageData,  # any set
+    data,  # any set of images or texts with classes
     imbalance: float,  # ρ ≥ 1: how many times larger the first class is than the last
     seed: int,  # the choice is a pure function of it
-) -> ImageData:  # fewer images, in the order of `data`
+):  # fewer samples, in the order of `data`
     """Class c keeps round(n_max·ρ^(-c/(C - 1))) images, n_max being the size of the largest class.
 
     At least 1 and at most all it has. Raises ValueError unless ρ ≥ 1.
     """
     if not 1 <= imbalance < float('inf'):
         raise ValueError(f"imbalance={imbalance!r}: give a number of at least 1 (1 leaves the shares alone)")
+    _check_classes(data)
     y, C = data.y.cpu(), data.n_classes
     largest = int(torch.bincount(y).max())
     order = torch.randperm(len(y), generator=generator(seed, 'long tail'))
@@ -173,6 +186,8 @@ def corrupt(
     blur: bool = True,  # take the mean over 3×3 pixels first
 ) -> ImageData:  # the same labels and indices; a fingerprint of its own, a note that tells so
     "Exactly round(share·n) images, chosen at random, become darker, flatter and blurred; ValueError outside 0..1"
+    if not isinstance(data, ImageData):
+        raise TypeError(f"data is a {type(data).__name__}; pixels are changed here, give an ImageData")
     for name, value in dict(share=share, brightness=brightness, contrast=contrast).items():
         check_fraction(name, value)
     order = torch.randperm(len(data), generator=generator(seed, 'pixel shift'))

@@ -7,6 +7,7 @@ __all__ = ['MixedBatches', 'mix_batches', 'is_deterministic', 'SubsetBatches']
 
 # %% ../../nbs/02_data/07_mixed_batches.ipynb #ac831d5c
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from fastcore.basics import patch
@@ -16,14 +17,59 @@ from ..foundation.batches import batch_rows, batch_size, eval_view, set_epoch
 from ..foundation.core import generator
 
 # %% ../../nbs/02_data/07_mixed_batches.ipynb #09-distill-007
-def _column(parts, key):
-    value = parts[0][key]
-    if isinstance(value, Tensor) and value.ndim:
-        return torch.cat([p[key] for p in parts])
-    return value  # a number or a setting, the same in all batches
+_fillings = {'attention_mask': 0, 'token_type_ids': 0, 'input_ids': None}
+
+# %% ../../nbs/02_data/07_mixed_batches.ipynb #38f7bee3
+def _padding_rule(batches, prefix):
+    "(token, side) of the first masked position; None when there is none"
+    for batch in batches:
+        ids, mask = batch.get(f'{prefix}input_ids'), batch.get(f'{prefix}attention_mask')
+        if ids is not None and mask is not None and len(places := (mask == 0).nonzero()):
+            row, column = places[0].tolist()
+            return int(ids[row, column]), 'right' if mask[row, -1] == 0 else 'left'
+    return None
+
+# %% ../../nbs/02_data/07_mixed_batches.ipynb #c4dc121b
+class _Padding:
+    "How texts are filled up, found in the batches themselves"
+
+    def __init__(self, *loaders):
+        self.loaders, self.rules = loaders, {}
+
+    def rule(self, parts, prefix):
+        "(token, side); ValueError when no batch shows it"
+        if self.rules.get(prefix) is None:
+            self.rules[prefix] = _padding_rule(chain(parts, *map(eval_view, self.loaders)), prefix)
+        if self.rules[prefix] is None:
+            raise ValueError(
+                f"batches have '{prefix}input_ids' of different widths, and no '{prefix}attention_mask' shows which "
+                "token fills up a text; pad all batches to one width, or use text_batches, or include_validation=False"
+            )
+        return self.rules[prefix]
+
+# %% ../../nbs/02_data/07_mixed_batches.ipynb #d89cc658
+def _padded(parts, key, padding):
+    "Columns of whole numbers (b, L), filled up to the same width"
+    name = key.rpartition('.')[2]
+    token, side = padding.rule(parts, key.removesuffix(name))
+    fill, widest = _fillings[name], max(p[key].shape[1] for p in parts)
+    missing = [widest - p[key].shape[1] for p in parts]
+    edges = [(0, m) if side == 'right' else (m, 0) for m in missing]
+    fill = token if fill is None else fill
+    return [torch.nn.functional.pad(p[key], e, value=fill) for p, e in zip(parts, edges)]
+
+# %% ../../nbs/02_data/07_mixed_batches.ipynb #73d8cf92
+def _column(parts, key, padding=None):
+    values = [p[key] for p in parts]
+    if not isinstance(values[0], Tensor) or not values[0].ndim:
+        return values[0]  # a number or a setting, the same in all batches
+    texts = key.rpartition('.')[2] in _fillings and all(v.ndim == 2 for v in values)
+    if texts and len({v.shape[1] for v in values}) > 1:
+        values = _padded(parts, key, padding or _Padding())
+    return torch.cat(values)
 
 # %% ../../nbs/02_data/07_mixed_batches.ipynb #4f21be62
-def _cat(parts):
+def _cat(parts, padding=None):
     "Batches of the same keys, one after the other"
     first = parts[0]
     if lists := [k for k, v in first.items() if isinstance(v, (list, tuple))]:
@@ -32,7 +78,7 @@ def _cat(parts):
             "or use include_validation=False"
         )
     try:
-        return {k: _column(parts, k) for k in first}
+        return {k: _column(parts, k, padding) for k in first}
     except (KeyError, RuntimeError) as e:
         raise ValueError(
             f"train and val batches do not fit together ({e}); "
@@ -47,8 +93,9 @@ def _marked(batch, held_out):
 class _Stream:
     "Hands out any number of rows from an iterator of batches"
 
-    def __init__(self, batches, held_out):
-        self.batches, self.held_out, self.rest = iter(batches), held_out, None
+    def __init__(self, batches, held_out, padding=None):
+        self.batches, self.held_out, self.padding = iter(batches), held_out, padding
+        self.rest = None
 
     def next_rows(self, k):
         parts = [] if self.rest is None else [self.rest]
@@ -56,7 +103,7 @@ class _Stream:
         while have < k:
             parts.append(_marked(next(self.batches), self.held_out))
             have += len(parts[-1]['index'])
-        batch = _cat(parts)
+        batch = _cat(parts, self.padding)
         self.rest = batch_rows(batch, slice(k, None)) if have > k else None
         return batch_rows(batch, slice(k)) if have > k else batch
 
@@ -86,6 +133,7 @@ class MixedBatches:
         self.train, self.val, self.seed, self.epoch = train, val, seed, 0
         sizes = sizes or [list(map(batch_size, eval_view(o))) for o in (train, val)]
         self.n_train, self.n_val, self.batch_size = sum(sizes[0]), sum(sizes[1]), max(sizes[0])
+        self._padding = _Padding(train, val)
 
     def set_epoch(self, epoch: int):  # number of the epoch, from 0
         "Choose order and augmentation of the next pass"
@@ -123,10 +171,11 @@ def _masks(self: MixedBatches):
 # %% ../../nbs/02_data/07_mixed_batches.ipynb #7f7439a3
 @patch
 def __iter__(self: MixedBatches):
-    streams = _Stream(self.train, False), _Stream(self.val, True)
+    padding = self._padding
+    streams = _Stream(self.train, False, padding), _Stream(self.val, True, padding)
     chunks = self._masks()
     for size, k in zip(map(len, chunks), torch.stack([c.sum() for c in chunks]).tolist()):
-        yield _cat([s.next_rows(n) for s, n in zip(streams, (size - k, k)) if n])
+        yield _cat([s.next_rows(n) for s, n in zip(streams, (size - k, k)) if n], padding)
 
 # %% ../../nbs/02_data/07_mixed_batches.ipynb #ae28eaff
 @patch

@@ -252,7 +252,7 @@ def _cache_file(name, split, files):
 
 # %% ../../nbs/02_data/02_sources.ipynb #02-data-036
 def _read_cache(path):
-    "(tensors, classes by column, hash of the content), or None if there is no such file or it is damaged"
+    "(tensors, what else was stored, hash of the content), or None if there is no such file or it is damaged"
     try:
         with safe_open(path, 'pt') as f:
             tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()

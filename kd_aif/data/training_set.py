@@ -99,6 +99,10 @@ def read_samples(
     sizes = [len(i) for i in index]
     if not sum(sizes):
         raise ValueError(f"{name} is empty; give at least one sample")
+    if len(types := {str(labels.dtype) for labels in y}) > 1:
+        raise ValueError(
+            f"{name}: labels are {' and '.join(sorted(types))}; give all batches labels of one type"
+        )
     found = Samples(torch.cat(index), torch.cat(y), torch.cat(held_out), sizes, first)
     _check_index(name, found)
     return found
