@@ -102,8 +102,8 @@ def _glue_split(task, split):
     official = _official_mnli if task.config == 'mnli' else _official
     if split not in official:
         raise ValueError(
-            f"split={split!r}: {task.title} has {', '.join(map(repr, official))}; 'test' is the official validation set, "
-            "because the labels of the official test set are not public"
+            f"split={split!r}: {task.title} has {', '.join(map(repr, official))}; 'test' is the official validation "
+            "set, because the labels of the official test set are not public"
         )
     return official[split]
 

@@ -8,6 +8,7 @@ __all__ = ['length_buckets', 'TextBatches', 'MixedTextBatches', 'text_batches']
 # %% ../../nbs/02_data/13_text_batches.ipynb #03956e40
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from fastcore.basics import patch
@@ -16,7 +17,8 @@ from torch import Tensor
 from .mixed_batches import _Chained
 from .text_files import read_texts
 from .texts import TextData
-from .tokens import joined_tokens, tokenize
+from .tokens import _check_data, _tokens, joined_tokens
+from ..foundation.batches import upload
 from ..foundation.core import check_whole, generator
 
 # %% ../../nbs/02_data/13_text_batches.ipynb #43f90975
@@ -53,18 +55,22 @@ class _Rows:
     tokens: dict  # prefix of the keys → tokens of all samples
     held_out: Tensor = None  # (n,) bool, marks of the validation samples
 
-    @property
+    @cached_property
     def lengths(self):
-        "(n,) tokens of all kinds, on the CPU"
-        return sum(t.lengths for t in self.tokens.values()).cpu()
+        "Prefix → (n,) number of tokens, on the CPU"
+        return {prefix: tokens.lengths.cpu() for prefix, tokens in self.tokens.items()}
 
     def batch(self, p):
-        "The samples at positions `p`"
-        p = p.to(self.y.device)
-        found = dict(index=self.index[p], y=self.y[p])
+        "The samples at positions `p`, which are on the CPU"
+        here = upload(p, self.y.device)
+        found = dict(index=self.index[here], y=self.y[here])
         for prefix, tokens in self.tokens.items():
-            found.update(tokens.batch(p, prefix))
-        return found if self.held_out is None else dict(found, held_out=self.held_out[p])
+            found.update(tokens.batch(here, prefix, int(self.lengths[prefix][p].max())))
+        return found if self.held_out is None else dict(found, held_out=self.held_out[here])
+
+    def buckets(self, batch_size, g):
+        "Positions of the batches of an epoch"
+        return length_buckets(sum(self.lengths.values()), batch_size, g)
 
 # %% ../../nbs/02_data/13_text_batches.ipynb #b2717bde
 class TextBatches:
@@ -83,9 +89,10 @@ class TextBatches:
         teacher_tokenizer=None,  # of a teacher with another vocabulary, whose keys begin with 'teacher.'
     ):
         check_whole('batch_size', batch_size)
-        tokens = {'': tokenize(data, tokenizer, max_length)}
+        _check_data(data)
+        tokens = {'': _tokens('tokenizer', data, tokenizer, max_length)}
         if teacher_tokenizer is not None:
-            tokens['teacher.'] = tokenize(data, teacher_tokenizer, max_length)
+            tokens['teacher.'] = _tokens('teacher_tokenizer', data, teacher_tokenizer, max_length)
         self.data, self.batch_size, self.shuffle = data, int(batch_size), shuffle
         self.seed, self.epoch = seed, 0
         self._rows = _Rows(data.y, data.index, tokens)
@@ -117,7 +124,7 @@ def eval_view(self: TextBatches) -> TextBatches:  # the twin
 def __iter__(self: TextBatches):
     epoch, self.epoch = self.epoch, self.epoch + 1
     if self.shuffle:
-        batches = length_buckets(self._rows.lengths, self.batch_size, generator(self.seed, 'order', epoch))
+        batches = self._rows.buckets(self.batch_size, generator(self.seed, 'order', epoch))
     else:
         batches = _split(torch.arange(len(self.data)), self.batch_size)
     yield from map(self._rows.batch, batches)
@@ -152,6 +159,8 @@ class MixedTextBatches:
 # %% ../../nbs/02_data/13_text_batches.ipynb #e8528a8e
 def _check_alike(train, val):
     "ValueError when the batches of two loaders do not fit together"
+    if not isinstance(val, TextBatches):
+        raise TypeError(f"val is a {type(val).__name__}; give TextBatches, as for training")
     a, b = train.data, val.data
     if a.is_regression != b.is_regression:
         raise ValueError(
@@ -161,11 +170,8 @@ def _check_alike(train, val):
         raise ValueError(
             f"train has the classes {a.classes}, val {b.classes}; give read_texts the same classes= for both"
         )
-    kinds = [sorted((k, *sorted(t.values)) for k, t in s._rows.tokens.items()) for s in (train, val)]
-    if kinds[0] != kinds[1]:
-        raise ValueError(
-            f"train and val have different tokens, {kinds[0]} and {kinds[1]}; use the same tokenizers"
-        )
+    if set(train._rows.tokens) != set(val._rows.tokens):
+        raise ValueError("only one of train and val has a teacher_tokenizer; give both the same one")
 
 # %% ../../nbs/02_data/13_text_batches.ipynb #71dd5f2a
 @patch
@@ -191,8 +197,8 @@ def set_epoch(
 @patch
 def __iter__(self: MixedTextBatches):
     epoch, self.epoch = self.epoch, self.epoch + 1
-    g = generator(self.seed, 'mix', epoch)
-    yield from map(self._rows.batch, length_buckets(self._rows.lengths, self.batch_size, g))
+    batches = self._rows.buckets(self.batch_size, generator(self.seed, 'mix', epoch))
+    yield from map(self._rows.batch, batches)
 
 # %% ../../nbs/02_data/13_text_batches.ipynb #5cf23626
 @patch
@@ -201,7 +207,7 @@ def with_validation(
     val: TextBatches,  # validation batches with the same tokenizers and max_length
     seed: int = 0,  # the order is a pure function of (seed, epoch)
 ) -> MixedTextBatches:  # re-iterable batches
-    "Training and validation samples in one stream; ValueError when tokenizers, limits or kinds of labels differ"
+    "Both sets in one stream; ValueError when tokenizers, limits, classes or kinds of labels differ"
     return MixedTextBatches(self, val, seed)
 
 # %% ../../nbs/02_data/13_text_batches.ipynb #4a10fc36

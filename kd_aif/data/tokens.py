@@ -10,6 +10,7 @@ import json
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import torch
 from fastcore.basics import patch
@@ -31,6 +32,7 @@ class Tokens:
     padding_side: str  # 'right' or 'left': where it is filled up
     max_length: int  # most tokens that a text has
     truncated: int  # number of texts that were longer and are cut
+    tokenizer: str  # hash that tells tokenizers apart
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -60,10 +62,11 @@ def batch(
     self: Tokens,
     positions: Tensor,  # (b,) positions of texts
     prefix: str = '',  # put before the keys
+    width: int = None,  # length of the longest of them, where the caller knows it; spares a wait for the device
 ) -> dict:  # 'input_ids', 'attention_mask' and what else the tokenizer makes, (b, L) int64
     "Some texts, padded to the longest of them"
     lengths = self.lengths[positions]
-    column = torch.arange(int(lengths.max()), device=lengths.device)
+    column = torch.arange(width or int(lengths.max()), device=lengths.device)
     if self.padding_side == 'left':
         column = column - len(column) + lengths[:, None]
     mask = (column >= 0) & (column < lengths[:, None])
@@ -87,15 +90,25 @@ def joined_tokens(
     second: Tokens,  # of another, by the same tokenizer
 ) -> Tokens:  # the texts of `first`, then those of `second`
     "Two sets of tokens as one; ValueError when they were not made in the same way"
-    for name in ('pad_values', 'padding_side', 'max_length'):
+    for name in ('tokenizer', 'max_length'):
         a, b = getattr(first, name), getattr(second, name)
         if a != b:
             raise ValueError(
-                f"{name} is {a} in one set and {b} in the other; use one tokenizer and one max_length"
+                f"{name} is {a} in one set and {b} in the other; use one tokenizer and one max_length for both"
             )
     values = {k: torch.cat([v, second.values[k]]) for k, v in first.values.items()}
     offsets = torch.cat([first.offsets, first.offsets[-1] + second.offsets[1:]])
     return replace(first, values=values, offsets=offsets, truncated=first.truncated + second.truncated)
+
+# %% ../../nbs/02_data/12_tokens.ipynb #19099086
+def _check_data(data):
+    "A TextData with at least one text"
+    if not isinstance(data, TextData):
+        raise TypeError(f"data is a {type(data).__name__}; give a TextData, see read_texts and load_glue")
+    if not len(data):
+        raise ValueError(
+            "data is empty; give at least one text (for validation, hold some out with hold_out)"
+        )
 
 # %% ../../nbs/02_data/12_tokens.ipynb #5aa5db04
 def _check_tokenizer(name, tokenizer):
@@ -122,16 +135,24 @@ def _max_length(name, tokenizer, max_length):
     return int(check_whole('max_length', max_length, 4, allowed, remedy))
 
 # %% ../../nbs/02_data/12_tokens.ipynb #9e89fd21
+_keys = 'input_ids', 'token_type_ids'
+
+# %% ../../nbs/02_data/12_tokens.ipynb #6c1f56b3
 def _call(tokenizer, texts, **options):
     "What the tokenizer says of some texts: key → list of lists of numbers"
-    columns = list(map(list, zip(*texts))) if not isinstance(texts[0], str) else [list(texts)]
+    columns = [texts] if isinstance(texts[0], str) else zip(*texts)
+    columns = [list(column) for column in columns]
     found = tokenizer(*columns, padding=False, return_attention_mask=False, verbose=False, **options)
-    return {k: list(v) for k, v in found.items() if k in ('input_ids', 'token_type_ids')}
+    if others := set(found) - {*_keys, 'attention_mask'}:
+        raise ValueError(
+            f"the tokenizer also gives {', '.join(sorted(others))}, which these batches do not hold"
+        )
+    return {k: list(found[k]) for k in _keys if k in found}
 
 # %% ../../nbs/02_data/12_tokens.ipynb #ebc35464
 def _encode(tokenizer, texts, max_length):
     "Key → list of lists of numbers, and how many texts were cut"
-    found, long = _call(tokenizer, texts, truncation=False), []
+    found = _call(tokenizer, texts, truncation=False)
     long = [i for i, ids in enumerate(found['input_ids']) if len(ids) > max_length]
     if long:
         cut = _call(tokenizer, [texts[i] for i in long], truncation='longest_first', max_length=max_length)
@@ -139,6 +160,10 @@ def _encode(tokenizer, texts, max_length):
             for i, row in zip(long, rows):
                 found[key][i] = row
     return found, len(long)
+
+# %% ../../nbs/02_data/12_tokens.ipynb #b19b32a8
+def _flat(rows):
+    return torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int32)
 
 # %% ../../nbs/02_data/12_tokens.ipynb #d3570d8c
 def _make_tokens(data, tokenizer, max_length, size=1000):
@@ -156,35 +181,30 @@ def _make_tokens(data, tokenizer, max_length, size=1000):
             f"the tokenizer finds no token in {int((lengths == 0).sum())} texts, the first is number {first}: "
             f"{data.texts[first]!r:.60}; leave them out"
         )
-    tensors = {
-        k: torch.tensor([i for row in rows for i in row], dtype=torch.int32) for k, rows in parts.items()
-    }
+    tensors = {k: _flat(rows) for k, rows in parts.items()}
     tensors['offsets'] = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     return tensors, dict(truncated=truncated)
 
 # %% ../../nbs/02_data/12_tokens.ipynb #cd95f31d
 def _identity(tokenizer):
-    "Text that tells tokenizers apart, or None for one that does not say enough about itself"
+    "Hash that tells tokenizers apart, or None for one that does not say enough about itself"
     parts = [type(tokenizer).__module__, type(tokenizer).__qualname__]
-    parts += [
-        getattr(tokenizer, k, None) for k in ('truncation_side', 'model_input_names', 'all_special_tokens')
-    ]
+    names = 'padding_side', 'truncation_side', 'model_input_names', 'pad_token_id', 'pad_token_type_id'
+    parts += [getattr(tokenizer, name, None) for name in names]
     if hasattr(tokenizer, 'backend_tokenizer'):
         written = json.loads(tokenizer.backend_tokenizer.to_str())
         parts.append(json.dumps({k: v for k, v in written.items() if k not in ('truncation', 'padding')}))
     elif hasattr(tokenizer, 'get_vocab'):
-        parts += [
-            sorted(tokenizer.get_vocab().items()),
-            sorted(map(repr, vars(tokenizer).get('init_kwargs', {}).items())),
-        ]
+        settings = getattr(tokenizer, 'init_kwargs', {}), getattr(tokenizer, 'special_tokens_map', {})
+        parts += [sorted(tokenizer.get_vocab().items()), *map(repr, settings)]
     else:
         return None
-    return repr(parts)
+    return content_hash(repr(parts))
 
 # %% ../../nbs/02_data/12_tokens.ipynb #40e3ecdc
-def _tokens_of(data, tokenizer, max_length):
+def _stored_tokens(data, tokenizer, max_length, identity):
     "Tensors and settings, from the cache where the tokenizer can be told from others"
-    make, identity = partial(_make_tokens, data, tokenizer, max_length), _identity(tokenizer)
+    make = partial(_make_tokens, data, tokenizer, max_length)
     if identity is None:
         return make()
     key = content_hash(repr(data.texts), identity, max_length)
@@ -192,25 +212,31 @@ def _tokens_of(data, tokenizer, max_length):
     return tensors, settings
 
 # %% ../../nbs/02_data/12_tokens.ipynb #024aadb2
+def _tokens(name, data, tokenizer, max_length):
+    "`tokenize` with the name of the tokenizer in messages"
+    _check_tokenizer(name, tokenizer)
+    limit, identity = _max_length(name, tokenizer, max_length), _identity(tokenizer)
+    tensors, settings = _stored_tokens(data, tokenizer, limit, identity)
+    offsets, truncated = tensors.pop('offsets'), settings['truncated']
+    if truncated:
+        warnings.warn(
+            f"{name}: {truncated} of {len(data)} texts of {data.name} ({data.split}) are cut at {limit} tokens; "
+            "a larger max_length, where the model allows it, keeps more",
+            stacklevel=4,
+        )
+    pads = dict(
+        input_ids=int(tokenizer.pad_token_id), token_type_ids=getattr(tokenizer, 'pad_token_type_id', 0)
+    )
+    side = getattr(tokenizer, 'padding_side', 'right')
+    pads, identity = {k: pads[k] for k in tensors}, identity or f'tokenizer {id(tokenizer)}'
+    return Tokens(tensors, offsets, pads, side, limit, truncated, identity).to(data.y.device)
+
+# %% ../../nbs/02_data/12_tokens.ipynb #3d11e657
 def tokenize(
     data: TextData,  # labelled texts
     tokenizer,  # of the transformers library, the one that belongs to the model
     max_length: int = None,  # most tokens of a text or pair; None: what the tokenizer allows, else 512
 ) -> Tokens:  # of all texts, on the device of the labels
-    "Encode texts once; warns when some are cut; TypeError or ValueError for a tokenizer or a limit that will not do"
-    if not isinstance(data, TextData):
-        raise TypeError(f"data is a {type(data).__name__}; give a TextData, see read_texts")
-    if not len(data):
-        raise ValueError("data is empty; give at least one text")
-    _check_tokenizer('tokenizer', tokenizer)
-    limit = _max_length('the tokenizer', tokenizer, max_length)
-    tensors, settings = _tokens_of(data, tokenizer, limit)
-    offsets, truncated = tensors.pop('offsets'), settings['truncated']
-    if truncated:
-        warnings.warn(f"{truncated} of {len(data)} texts of {data.name} are cut at max_length={limit} tokens")
-    pads = dict(
-        input_ids=int(tokenizer.pad_token_id), token_type_ids=getattr(tokenizer, 'pad_token_type_id', 0)
-    )
-    side = getattr(tokenizer, 'padding_side', 'right')
-    tokens = Tokens(tensors, offsets, {k: pads[k] for k in tensors}, side, limit, truncated)
-    return tokens.to(data.y.device)
+    "Encode texts once; warns when some are cut; TypeError or ValueError for a bad tokenizer or limit"
+    _check_data(data)
+    return _tokens('tokenizer', data, tokenizer, max_length)

@@ -79,6 +79,13 @@ class Samples:
     def __len__(self):
         return len(self.index)
 
+# %% ../../nbs/02_data/08_training_set.ipynb #6337feff
+def _all_labels(name, parts):
+    "The labels of all batches; ValueError for more than one type"
+    if len(types := {str(y.dtype) for y in parts}) > 1:
+        raise ValueError(f"{name}: labels are {' and '.join(sorted(types))}; give all batches one type")
+    return torch.cat(parts)
+
 # %% ../../nbs/02_data/08_training_set.ipynb #09263b7c
 def read_samples(
     name: str,  # how the argument is called in messages
@@ -99,11 +106,7 @@ def read_samples(
     sizes = [len(i) for i in index]
     if not sum(sizes):
         raise ValueError(f"{name} is empty; give at least one sample")
-    if len(types := {str(labels.dtype) for labels in y}) > 1:
-        raise ValueError(
-            f"{name}: labels are {' and '.join(sorted(types))}; give all batches labels of one type"
-        )
-    found = Samples(torch.cat(index), torch.cat(y), torch.cat(held_out), sizes, first)
+    found = Samples(torch.cat(index), _all_labels(name, y), torch.cat(held_out), sizes, first)
     _check_index(name, found)
     return found
 
