@@ -137,22 +137,22 @@ def _repr_markdown_(self: ImageData):
 
 # %% ../../nbs/02_data/01_images.ipynb #02-data-048
 def hold_out(
-    data: ImageData,  # a training set
-    n: int,  # number of images to hold out
+    data,  # a training set of images or texts
+    n: int,  # number of samples to hold out
     seed: int,  # the choice is a pure function of it
-) -> tuple[ImageData, ImageData]:  # the rest for training, and the `n` held-out images
-    "Split off `n` validation images, stratified by class; raises ValueError unless 1 ≤ n < len(data)."
+) -> tuple:  # the rest for training, and the `n` held-out samples, both of the type of `data`
+    "Split off `n` validation samples, stratified by class; raises ValueError unless 1 ≤ n < len(data)."
     check_whole('n', n, 1, len(data) - 1)
     held, rest = stratified_choice(data.y, n, generator(seed, 'hold out'))
     return data.select(rest), data.select(held)
 
 # %% ../../nbs/02_data/01_images.ipynb #02-data-049
 def subset(
-    data: ImageData,  # any set
-    n: int,  # number of images to keep
+    data,  # any set of images or texts
+    n: int,  # number of samples to keep
     seed: int,  # the choice is a pure function of it
-) -> ImageData:  # `n` images in the order of `data`
-    """A random subset of exactly `n` images that keeps the proportions of the classes.
+):  # `n` samples in the order of `data`, of its type
+    """A random subset of exactly `n` samples that keeps the proportions of the classes.
 
     Raises ValueError unless 1 ≤ n ≤ len(data).
     """

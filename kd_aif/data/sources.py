@@ -159,9 +159,8 @@ def _bars_of_datasets(progress):
             datasets.enable_progress_bars()
 
 # %% ../../nbs/02_data/02_sources.ipynb #943cfb8f
-def _open_table(name, split, folder, files, progress, scratch):
+def _open_table(source, name, split, folder, files, progress, scratch):
     "The rows of a split as a `datasets.Dataset`; FileNotFoundError naming the two ways when there are none"
-    source = DATASETS[name]
     with _bars_of_datasets(progress) as datasets:
         try:
             if not files:
@@ -180,7 +179,8 @@ def _read_table(name, split, folder, files, progress, scratch):
     "The rows of a split as a `datasets.Dataset`, images still encoded; ValueError for missing columns"
     import datasets
 
-    source, table = DATASETS[name], _open_table(name, split, folder, files, progress, scratch)
+    source = DATASETS[name]
+    table = _open_table(source, name, split, folder, files, progress, scratch)
     if missing := {source.image, source.labels[0]} - set(table.column_names):
         raise ValueError(
             f"{folder / name if files else source.hub}: column {' and '.join(sorted(missing))} is missing among "
@@ -252,7 +252,7 @@ def _cache_file(name, split, files):
 
 # %% ../../nbs/02_data/02_sources.ipynb #02-data-036
 def _read_cache(path):
-    "(tensors, classes by column, hash of the content), or None if there is no such file or it is damaged"
+    "(tensors, what else was stored, hash of the content), or None if there is no such file or it is damaged"
     try:
         with safe_open(path, 'pt') as f:
             tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()

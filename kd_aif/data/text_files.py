@@ -10,6 +10,8 @@ import csv
 import json
 import tempfile
 from collections.abc import Mapping
+from numbers import Real
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +25,23 @@ def _delimited(path, delimiter):
     "Columns of a file of comma- or tab-separated values with a header"
     try:
         with open(path, encoding='utf-8-sig', newline='') as f:
-            header, *rows = list(csv.reader(f, delimiter=delimiter, strict=True)) or [[]]
+            rows = [row for row in csv.reader(f, delimiter=delimiter, strict=True) if row]
     except (csv.Error, UnicodeDecodeError) as e:
         raise ValueError(
             f"{path}: {e}; save it as UTF-8 with a header and quoted texts, or read it yourself "
             "(pandas.read_csv with quoting=3 where quotation marks are plain text) and give the data frame"
         ) from e
-    rows = [r for r in rows if r]  # an empty line, such as the last one
-    _check_rows(path, header, rows, delimiter)
-    return {name: [r[k] for r in rows] for k, name in enumerate(header)}
+    header, values = (rows or [[]])[0], rows[1:]
+    _check_rows(path, header, values, delimiter)
+    return dict(zip(header, map(list, zip(*values)))) if values else {name: [] for name in header}
 
 # %% ../../nbs/02_data/10_text_files.ipynb #ca28ec82
 def _check_rows(path, header, rows, delimiter):
-    "As many values as the header has names; no line breaks between tabs"
+    "As many values as the header has names, all different; no line breaks between tabs"
+    if len(set(header)) < len(header):
+        raise ValueError(
+            f"{path}: the header names a column twice, {', '.join(header)}; give each its own name"
+        )
     for i, row in enumerate(rows):
         if len(row) != len(header):
             raise ValueError(
@@ -49,12 +55,11 @@ def _check_rows(path, header, rows, delimiter):
             )
 
 # %% ../../nbs/02_data/10_text_files.ipynb #b76437f0
-def _json(path):
-    "Columns of a .json or .jsonl file"
-    lines = Path(path).read_text(encoding='utf-8').splitlines() if path.suffix == '.jsonl' else None
+def _json(path, lines):
+    "Columns of a .json file, or of a .jsonl file if `lines`"
     try:
-        found = json.loads(path.read_text(encoding='utf-8')) if lines is None else None
-        rows = [json.loads(line) for line in lines if line.strip()] if found is None else found
+        with open(path, encoding='utf-8-sig') as f:
+            rows = [json.loads(line) for line in f if line.strip()] if lines else json.load(f)
     except ValueError as e:
         raise ValueError(
             f"{path}: {e}; give a list of objects, or one object per line in a .jsonl file"
@@ -78,7 +83,7 @@ def _from_rows(name, rows):
             raise ValueError(
                 f"{name}: row {i} has no {missing[0]!r}; give all rows the keys {', '.join(names)}"
             )
-    return {k: [row[k] for row in rows] for k in names}
+    return {k: list(map(itemgetter(k), rows)) for k in names}
 
 # %% ../../nbs/02_data/10_text_files.ipynb #ac2d24a5
 def _from_dataset(table):
@@ -112,10 +117,17 @@ def _from_file(path):
     if kind in ('.csv', '.tsv'):
         return _delimited(path, ',' if kind == '.csv' else '\t'), {}
     if kind in ('.json', '.jsonl'):
-        return _json(path), {}
+        return _json(path, kind == '.jsonl'), {}
     raise ValueError(
         f"source={str(path)!r} ends in {kind!r}; give a .csv, .tsv, .json, .jsonl or .parquet file"
     )
+
+# %% ../../nbs/02_data/10_text_files.ipynb #d2abc1d9
+def _from_frame(frame):
+    "Columns of a pandas DataFrame"
+    if len(set(frame.columns)) < len(frame.columns):
+        raise ValueError(f"source names a column twice, {', '.join(map(str, frame.columns))}; rename one")
+    return {k: frame[k].tolist() for k in frame.columns}
 
 # %% ../../nbs/02_data/10_text_files.ipynb #2f7fa833
 def _is_list(value):
@@ -123,18 +135,19 @@ def _is_list(value):
 
 # %% ../../nbs/02_data/10_text_files.ipynb #99b9fe82
 def _from_lists(texts, labels, label):
-    "Columns of two lists; pairs of texts become two columns"
+    "Columns of two lists"
     texts, labels = (list(v) if isinstance(v, (list, tuple)) else v.tolist() for v in (texts, labels))
     if len(texts) != len(labels):
         raise ValueError(f"source has {len(texts)} texts and {len(labels)} labels; give one label per text")
-    if texts and isinstance(texts[0], (list, tuple)):
-        for i, pair in enumerate(texts):
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise ValueError(
-                    f"source: text {i} is {pair!r:.60}; like the first it must be a pair (first, second)"
-                )
-        return {'sentence1': [p[0] for p in texts], 'sentence2': [p[1] for p in texts], label: labels}
-    return {'text': texts, label: labels}
+    if not texts or not isinstance(texts[0], (list, tuple)):
+        return {'text': texts, label: labels}
+    for i, pair in enumerate(texts):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(
+                f"source: text {i} is {pair!r:.60}; like the first it must be a pair (first, second)"
+            )
+    first, second = map(list, zip(*texts))
+    return {'sentence1': first, 'sentence2': second, label: labels}
 
 # %% ../../nbs/02_data/10_text_files.ipynb #24a6eeee
 def _columns(source, label):
@@ -142,10 +155,10 @@ def _columns(source, label):
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
         return *_from_file(path), path.stem
-    if hasattr(source, 'column_names') and hasattr(source, 'features'):
+    if all(hasattr(source, k) for k in ('column_names', 'features', '__len__')):
         return *_from_dataset(source), 'texts'
     if hasattr(source, 'columns') and hasattr(source, 'to_dict'):
-        return {k: source[k].tolist() for k in source.columns}, {}, 'texts'
+        return _from_frame(source), {}, 'texts'
     if isinstance(source, (list, tuple)) and source and all(isinstance(r, Mapping) for r in source):
         return _from_rows('source', source), {}, 'texts'
     if isinstance(source, (list, tuple)) and len(source) == 2 and all(map(_is_list, source)):
@@ -166,17 +179,23 @@ _usual = (
 )
 
 # %% ../../nbs/02_data/10_text_files.ipynb #3e5a299b
+def _usual_columns(columns):
+    "The usual names that are among the columns; empty unless exactly one choice fits"
+    fits = [names for names in _usual if set(names) <= set(columns)]
+    pairs = [names for names in fits if len(names) == 2]
+    taken = {name for names in pairs for name in names}
+    fits = pairs + [names for names in fits if not set(names) & taken]
+    return fits[0] if len(fits) == 1 else ()
+
+# %% ../../nbs/02_data/10_text_files.ipynb #762e106d
 def _text_columns(text, label, columns):
     "Names of one or two columns of texts; ValueError listing the columns when they are not there or not clear"
     names = (text,) if isinstance(text, str) else tuple(text or ())
     if text is None:
-        fits = [u for u in _usual if set(u) <= set(columns) - {label}]
-        pairs = {name for u in fits if len(u) == 2 for name in u}
-        fits = [u for u in fits if len(u) == 2 or u[0] not in pairs]
-        names = fits[0] if len(fits) == 1 else ()
+        names = _usual_columns([c for c in columns if c != label])
     missing = [n for n in (*names, label) if n not in columns]
-    if len(names) not in (1, 2) or missing:
-        what = f'no column {missing[0]!r}' if names and missing else f'text={text!r} does not name the texts'
+    if missing or len(names) not in (1, 2):
+        what = f'there is no column {missing[0]!r}' if missing else f'text={text!r} does not name the texts'
         raise ValueError(
             f"{what}; the columns are {', '.join(map(str, columns))}: give text='COLUMN' or "
             "text=('FIRST', 'SECOND'), and label='COLUMN'"
@@ -198,13 +217,20 @@ def _texts(columns, names):
 
 # %% ../../nbs/02_data/10_text_files.ipynb #135ee950
 def _is_missing(value):
-    return value is None or value == '' or type(value).__name__ in ('NAType', 'NaTType') or value != value
+    if value is None or type(value).__name__ in ('NAType', 'NaTType'):
+        return True
+    return not value.strip() if isinstance(value, str) else value != value
 
 # %% ../../nbs/02_data/10_text_files.ipynb #b274aa30
-def _check_missing(values, has_names):
-    "ValueError with the row of the first label that is missing"
+def _check_values(values, has_names):
+    "ValueError with the row of the first label that is missing, or that is no label"
+    for i, value in enumerate(values):
+        if not isinstance(value, (str, bool, np.bool_, Real)) and not _is_missing(value):
+            raise ValueError(
+                f"row {i}: label {value!r:.60} is a {type(value).__name__}; give a name or a number"
+            )
     missing = [i for i, v in enumerate(values) if _is_missing(v)]
-    if not missing and values and (has_names or all(v == -1 for v in values)):
+    if not missing and (has_names or all(v == -1 for v in values)):
         missing = [i for i, v in enumerate(values) if v == -1]
     if missing:
         raise ValueError(
@@ -214,57 +240,60 @@ def _check_missing(values, has_names):
 
 # %% ../../nbs/02_data/10_text_files.ipynb #9dd3f10e
 def _as_numbers(values):
-    "(n,) float64, or None when one of the values is no number"
+    "(n,) float64, or None when one of the values is no number; ValueError for one that is not finite"
     if any(isinstance(v, (bool, np.bool_)) for v in values):
         return None
     try:
-        numbers = np.array([float(v) for v in values], dtype=np.float64)
-    except (TypeError, ValueError):
+        numbers = np.array(list(map(float, values)), dtype=np.float64)
+    except ValueError:
         return None
+    if not np.isfinite(numbers).all():
+        first = int(np.flatnonzero(~np.isfinite(numbers))[0])
+        raise ValueError(
+            f"row {first}: label {values[first]!r} is not finite; correct it or leave the row out"
+        )
     return numbers
 
 # %% ../../nbs/02_data/10_text_files.ipynb #8fe9718b
-def _given_classes(values, classes):
-    "Labels by name, else by number; ValueError with the value and the row of the first that is neither"
-    if isinstance(classes, str) or len(set(classes)) < len(classes):
-        raise ValueError(f"classes={classes!r}; give a list of different names")
-    place = {str(c): k for k, c in enumerate(classes)}
-    numbers = _as_numbers(values)
-    if numbers is not None and not all(_name(v) in place for v in values):
-        if ((numbers == numbers.round()) & (numbers >= 0) & (numbers < len(classes))).all():
-            return torch.from_numpy(numbers.astype(np.int64)), tuple(map(str, classes))
-    for i, value in enumerate(values):
-        if _name(value) not in place:
-            raise ValueError(
-                f"row {i}: label {value!r} is not one of classes={tuple(classes)!r}; add it, or correct the label"
-            )
-    return torch.tensor([place[_name(v)] for v in values], dtype=torch.int64), tuple(map(str, classes))
+def _name(value):
+    whole = isinstance(value, Real) and not isinstance(value, bool) and value == round(value)
+    return str(int(value)) if whole else str(value)
 
 # %% ../../nbs/02_data/10_text_files.ipynb #273cc5f4
-def _name(value):
-    if isinstance(value, (float, np.floating)) and value == round(value):
-        return str(int(value))
-    return str(value)
+def _given_classes(values, classes):
+    "Labels by name, else by number; ValueError with the value and the row of the first that is neither"
+    names, numbers = tuple(map(_name, classes)), _as_numbers(values)
+    if isinstance(classes, str) or len(set(names)) < len(names):
+        raise ValueError(f"classes={classes!r}; give a list of different names")
+    place, found = {name: k for k, name in enumerate(names)}, list(map(_name, values))
+    if numbers is not None and not set(found) <= set(place):
+        found = list(map(_name, numbers))  # '1.0' in a file
+        if _as_numbers(names) is None and set(found) <= set(map(str, range(len(names)))):
+            found = [names[int(v)] for v in numbers]
+    for i, name in enumerate(found):
+        if name not in place:
+            raise ValueError(
+                f"row {i}: label {values[i]!r} is not one of classes={names}; add it, or correct the label"
+            )
+    return torch.tensor([place[name] for name in found], dtype=torch.int64), names
 
 # %% ../../nbs/02_data/10_text_files.ipynb #85b11eec
-def _labels(values, names, classes):
+def _labels(values, hub_names, classes):
     "(n,) labels and the names of the classes"
-    _check_missing(values, bool(names))
-    if names:
-        values = [names[v] for v in values]
-        return _given_classes(values, names if classes is None else classes)
+    _check_values(values, bool(hub_names))
+    if hub_names:
+        values, classes = [hub_names[v] for v in values], hub_names if classes is None else classes
+    numbers = None if classes else _as_numbers(values)
+    if classes is not None and not len(classes) and numbers is None:
+        raise ValueError("classes=() asks for a regression, but the labels are names; leave classes out")
     if classes:
         return _given_classes(values, classes)
-    numbers = _as_numbers(values)
-    if classes is not None and numbers is None:
-        raise ValueError("classes=() asks for a regression, but not all labels are numbers; give names")
-    if numbers is not None and (classes is not None or (numbers != numbers.round()).any()):
+    if numbers is None:
+        return _given_classes(values, sorted(set(map(_name, values))))
+    if classes is not None or (numbers != numbers.round()).any():
         return torch.from_numpy(numbers.astype(np.float32)), ()
-    if numbers is not None:
-        found, y = np.unique(numbers, return_inverse=True)
-        return torch.from_numpy(y.astype(np.int64)), tuple(map(_name, found))
-    found = sorted({_name(v) for v in values})
-    return _given_classes(values, found)
+    found, y = np.unique(numbers, return_inverse=True)
+    return torch.from_numpy(y.astype(np.int64)), tuple(map(_name, found))
 
 # %% ../../nbs/02_data/10_text_files.ipynb #e2a8c0e6
 def read_texts(
@@ -275,11 +304,11 @@ def read_texts(
     name: str = None,  # name of the set; default the name of the file, else 'texts'
     split: str = 'train',  # 'train' or 'test'
 ) -> TextData:  # every row of the source, in its order
-    "Labelled texts; ValueError with the row and the remedy for missing texts or labels, TypeError for a bad source"
+    "Labelled texts; ValueError with row and remedy for missing texts or labels, TypeError for a bad source"
     columns, names, stem = _columns(source, label)
     found = _text_columns(text, label, columns)
+    if not columns[label]:
+        raise ValueError(f"source has no rows; give at least one text ({name or stem})")
     texts, (y, known) = _texts(columns, found), _labels(columns[label], names.get(label), classes)
-    if not texts:
-        raise ValueError(f"{name or stem} has no rows; give at least one text")
     index, fingerprint = torch.arange(len(y)), content_hash(texts, y, known)
     return TextData(texts, y, index, y, known, name or stem, split, fingerprint, columns=found)

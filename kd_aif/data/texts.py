@@ -16,7 +16,7 @@ from .images import content_hash
 # %% ../../nbs/02_data/09_texts.ipynb #62969c27
 @dataclass(frozen=True, eq=False, repr=False)
 class TextData:
-    "Labelled texts in memory; raises ValueError or TypeError for empty texts, wrong types and labels out of range"
+    "Labelled texts in memory; ValueError or TypeError for empty texts, wrong types, labels out of range"
 
     texts: tuple  # n strings, or n pairs (first, second) of strings
     y: torch.Tensor  # (n,) the labels as given to a learner: int64, for a regression float32
@@ -56,7 +56,7 @@ def _check_kind(texts):
 def _check_texts(texts):
     "Kind of the texts, and a character in each"
     _check_kind(texts)
-    empty = [i for i, text in enumerate(texts) if not all(part.strip() for part in _parts(text))]
+    empty = [i for i, text in enumerate(texts) if '' in map(str.strip, _parts(text))]
     if empty:
         raise ValueError(
             f"texts: {len(empty)} of {len(texts)} are empty or white space, the first is number {empty[0]}; "
@@ -160,13 +160,11 @@ def __repr__(self: TextData):
 # %% ../../nbs/02_data/09_texts.ipynb #b269e0b5
 @patch
 def _repr_markdown_(self: TextData):
+    if not len(self):
+        return f"{self!r}"
     if self.is_regression:
-        found = self.y.min(), self.y.mean(), self.y.max()
-        return (
-            f"{self!r}\n\nlabels from {found[0]:.3g} to {found[2]:.3g}, mean {found[1]:.3g}"
-            if len(self)
-            else f"{self!r}"
-        )
+        least, mean, most = self.y.min(), self.y.mean(), self.y.max()
+        return f"{self!r}\n\nlabels from {least:.3g} to {most:.3g}, mean {mean:.3g}"
     counts = torch.bincount(self.y.cpu(), minlength=self.n_classes).tolist()
     if self.n_classes > 20:
         return f"{self!r}\n\n{min(counts):,} to {max(counts):,} texts per class"

@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .mixed_batches import MixedBatches
+from .mixed_batches import mix_batches
 from ..foundation.batches import batch_rows, eval_view, find_positions
 
 # %% ../../nbs/02_data/08_training_set.ipynb #6e093cbc
@@ -31,19 +31,23 @@ def check_batch(
             _check_values(name, batch, key, value)
 
 # %% ../../nbs/02_data/08_training_set.ipynb #b1a013fe
+_label_types = torch.int64, torch.float32, torch.float64
+
+# %% ../../nbs/02_data/08_training_set.ipynb #b6626444
 def _check_column(name, batch, key):
-    "'index' and 'y' are there, and hold one integer for each sample"
+    "'index' and 'y' are there, and hold one number for each sample"
     if key not in batch:
         raise ValueError(
             f"{name}: batches have no {key!r}, only {sorted(batch)}; "
             f"give every sample a stable integer index and a label"
         )
-    value = batch[key]
-    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.ndim != 1:
+    value, dtypes = batch[key], _label_types if key == 'y' else _label_types[:1]
+    if not isinstance(value, Tensor) or value.dtype not in dtypes or value.ndim != 1:
         is_tensor = isinstance(value, Tensor)
         what = f'{value.dtype} {tuple(value.shape)}' if is_tensor else type(value).__name__
+        also = ', or of float32 for a regression' if key == 'y' else ''
         raise TypeError(
-            f"{name}: batch[{key!r}] is {what}; give a tensor of int64 with one number per sample"
+            f"{name}: batch[{key!r}] is {what}; give a tensor of int64 with one number per sample{also}"
         )
 
 # %% ../../nbs/02_data/08_training_set.ipynb #a40887bc
@@ -75,6 +79,13 @@ class Samples:
     def __len__(self):
         return len(self.index)
 
+# %% ../../nbs/02_data/08_training_set.ipynb #6337feff
+def _all_labels(name, parts):
+    "The labels of all batches; ValueError for more than one type"
+    if len(types := {str(y.dtype) for y in parts}) > 1:
+        raise ValueError(f"{name}: labels are {' and '.join(sorted(types))}; give all batches one type")
+    return torch.cat(parts)
+
 # %% ../../nbs/02_data/08_training_set.ipynb #09263b7c
 def read_samples(
     name: str,  # how the argument is called in messages
@@ -95,7 +106,7 @@ def read_samples(
     sizes = [len(i) for i in index]
     if not sum(sizes):
         raise ValueError(f"{name} is empty; give at least one sample")
-    found = Samples(torch.cat(index), torch.cat(y), torch.cat(held_out), sizes, first)
+    found = Samples(torch.cat(index), _all_labels(name, y), torch.cat(held_out), sizes, first)
     _check_index(name, found)
     return found
 
@@ -116,7 +127,19 @@ def check_labels(
     y: Tensor,  # (n,) labels
     n_classes: int,  # number of classes C
 ) -> None:
-    "Labels are in [0, C); raises `ValueError`"
+    "Labels are in [0, C), or real numbers for a network with one output; raises `ValueError`"
+    if y.is_floating_point() and n_classes > 1:
+        raise ValueError(
+            f"{name}: the labels are real numbers, but the student has {n_classes} outputs; "
+            "give a network with one output (num_labels=1), or class labels of int64"
+        )
+    if not y.is_floating_point() and n_classes == 1:
+        raise ValueError(
+            f"{name}: the labels are whole numbers, but the student has one output; give float labels for a "
+            "regression, or a network with as many outputs as classes"
+        )
+    if y.is_floating_point():
+        return  # finite, see `check_batch`
     if y.min() < 0 or y.max() >= n_classes:
         raise ValueError(
             f"{name}: labels from {int(y.min())} to {int(y.max())}, but the student has {n_classes} classes; "
@@ -152,7 +175,7 @@ class TrainingSet:
             read_samples('val', eval_view(val)),
         )
         sizes = self.samples.sizes, self.val_samples.sizes
-        self.batches = MixedBatches(train, val, seed, sizes) if include_validation else train
+        self.batches = mix_batches(train, val, seed, sizes) if include_validation else train
         keys = 2 * self.samples.index + self.samples.held_out
         if include_validation:
             keys = torch.cat([keys, 2 * self.val_samples.index + 1])
