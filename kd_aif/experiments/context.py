@@ -14,16 +14,24 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..data.images import ImageData
-from ..data.loaders import ImageBatches
-from ..data.mixed_batches import MixedBatches
+from ..data.mixed_batches import mix_batches
+from ..data.texts import TextData
 from ..distillation.distill import distill
-from ..distillation.objective import autocast_forward, Objective
+from ..distillation.objective import autocast_forward
 from ..distillation.result import Run
 from ..distillation.weighting import Fixed
 from .storage import Storage
 from .tasks import Task
-from .teachers import new_model, task_batches, task_training, trained_teacher
+from kd_aif.experiments.teachers import (
+    new_model,
+    task_batches,
+    task_objective,
+    task_training,
+    test_batches,
+    trained_teacher,
+)
 from ..foundation.core import Stopwatch
+from ..foundation.splits import class_groups
 from ..models.features import default_forward
 
 # %% ../../nbs/10_experiments/04_context.ipynb #04-context-005
@@ -33,17 +41,17 @@ class Context:
     def __init__(
         self,
         task: Task,  # the setting
-        train: ImageData,  # its training set
-        val: ImageData,  # its validation set
-        test: ImageData,  # its test set
+        train: ImageData | TextData,  # its training set
+        val: ImageData | TextData,  # its validation set
+        test: ImageData | TextData,  # its test set
         storage: Storage = Storage(),  # where teachers and unfinished trainings are kept
         progress: bool = True,  # show bars
         name: str = 'run',  # how the files of unfinished trainings begin
     ):
         self.task, self.train, self.val, self.storage, self.name = task, train, val, storage, name
         self.t, self.v = task_batches(task, train), task_batches(task, val)
-        self.test = ImageBatches(test, 500, shuffle=False)
-        self.training, self.objective = task_training(task, progress), Objective(T=task.T, alpha=task.alpha)
+        self.test = test_batches(task, test)
+        self.training, self.objective = task_training(task, progress), task_objective(task, train)
         self.forward = autocast_forward(default_forward, self.training.autocast)
         self.clock, self.found, self.trainings = Stopwatch(), {}, 0
         for role in ('teacher', 'student'):
@@ -51,21 +59,21 @@ class Context:
 
 # %% ../../nbs/10_experiments/04_context.ipynb #52eee2e1
 @patch(as_prop=True)
-def both(self: Context) -> MixedBatches:  # marked by 'held_out'
+def both(self: Context):  # marked by 'held_out'
     "Training and validation samples, mixed"
-    return MixedBatches(self.t, self.v, self.task.seed)
+    return mix_batches(self.t, self.v, self.task.seed)
 
 # %% ../../nbs/10_experiments/04_context.ipynb #04-context-007
 @patch(as_prop=True)
 def y(self: Context) -> Tensor:  # (n,)
-    "Labels of the training samples"
-    return self.train.y.cpu()
+    "Classes of the training samples; zeros where labels are real numbers"
+    return class_groups(self.train.y).cpu()
 
 # %% ../../nbs/10_experiments/04_context.ipynb #04-context-009
 @patch(as_prop=True)
 def all_y(self: Context) -> Tensor:  # (n + m,)
-    "Labels of everything that trains"
-    return torch.cat([self.train.y, self.val.y]).cpu()
+    "Classes of everything that trains"
+    return class_groups(torch.cat([self.train.y, self.val.y])).cpu()
 
 # %% ../../nbs/10_experiments/04_context.ipynb #04-context-011
 @patch(as_prop=True)

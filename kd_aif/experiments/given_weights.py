@@ -11,7 +11,6 @@ from collections.abc import Callable
 from torch import nn, Tensor
 
 from .context import Context
-from ..foundation.losses import batch_cross_entropy
 from ..influence.cross_scores import cross_scores, Scoring
 from ..weights.calibration import calibrated_weights
 from ..weights.sample_weights import joint_weights
@@ -40,7 +39,7 @@ def calibrated_vector(
     "Calibrated weights from any scores"
     teacher = teacher or c.shared_teacher()[0]
     with c.clock('scoring'):
-        s = score(teacher, batch_cross_entropy, c.t.eval_view(), c.v.eval_view())
+        s = score(teacher, c.objective.label_loss, c.t.eval_view(), c.v.eval_view())
     reference = s.reference, s.labels, s.reference_labels
     calibration = calibrated_weights(s.values, *reference, pooled_reference=c.task.pooled_reference)
     return joint_weights(calibration.probability, s.labels, c.all_y[len(c.y) :])

@@ -12,14 +12,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..data.mixed_batches import MixedBatches
+from ..data.mixed_batches import mix_batches
 from ..distillation.weighting import Reweighting
 from .context import Context
 from .controls import DISTILLED
 from .given_weights import calibrated_vector, sample_weights, train_with
 from .kd_aif_methods import PART, student_and_both, weighting_of
 from ..foundation.core import evaluating
-from ..foundation.losses import batch_cross_entropy
+from ..models.features import default_forward
 from ..reporting.methods import Method, register
 
 # %% ../../nbs/10_experiments/08_rival_weights.ipynb #08-rival-weights-003
@@ -75,7 +75,9 @@ def _losses(c):
     "(n,) losses of the training samples under the shared teacher"
     teacher, _ = c.shared_teacher()
     with c.clock('scoring'), evaluating(teacher), torch.no_grad():
-        return torch.cat([batch_cross_entropy(teacher(b['x']), b) for b in c.t.eval_view()]).cpu()
+        return torch.cat(
+            [c.objective.label_loss(default_forward(teacher, b), b) for b in c.t.eval_view()]
+        ).cpu()
 
 # %% ../../nbs/10_experiments/08_rival_weights.ipynb #08-rival-weights-020
 def _small_loss(c):
@@ -86,7 +88,7 @@ def _probabilities(c):
     "(n, C) of two networks that have seen the other half, and the validation samples"
 
     def fit(batches):
-        return c.fit(c.model('teacher'), MixedBatches(batches, c.v, c.task.seed), 'preparation').student
+        return c.fit(c.model('teacher'), mix_batches(batches, c.v, c.task.seed), 'preparation').student
 
     return out_of_fold_probabilities(fit, c.t, seed=c.task.seed).cpu()
 

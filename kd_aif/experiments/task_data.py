@@ -6,18 +6,25 @@
 __all__ = ['instance_noise_probabilities', 'task_data', 'describe_data']
 
 # %% ../../nbs/10_experiments/02_task_data.ipynb #02-task-data-002
-from functools import partial
-
 import torch
 
+from ..data.glue import load_glue
 from ..data.human_labels import human_noise
 from ..data.images import hold_out, ImageData, subset
-from ..data.label_noise import asymmetric_noise, corrupt, instance_noise, long_tail, symmetric_noise
+from kd_aif.data.label_noise import (
+    asymmetric_noise,
+    corrupt,
+    instance_noise,
+    long_tail,
+    shuffled_noise,
+    symmetric_noise,
+)
 from ..data.loaders import ImageBatches
 from ..data.sources import load_images
+from ..data.texts import TextData
 from ..distillation.distill import distill
 from ..distillation.trainer import Training
-from .tasks import Task
+from .tasks import is_text, Task
 from ..foundation.core import default_device
 from ..models.build import build_model
 
@@ -37,6 +44,17 @@ def instance_noise_probabilities(
     with torch.no_grad():
         return torch.cat([net(b['x']).softmax(1) for b in batches.eval_view()])
 
+# %% ../../nbs/10_experiments/02_task_data.ipynb #f4657aed
+def _split(task, split, root, progress):
+    "One split of a task's data set on the default device"
+    if not is_text(task):
+        options = dict(root=root, device=default_device(), progress=progress, label=task.label)
+        return load_images(task.dataset, split, **options)
+    data = load_glue(task.dataset.removeprefix('glue/'), split, root, progress)
+    if split == 'test' and task.n_test is not None and task.n_test < len(data):
+        data = subset(data, task.n_test, 0)
+    return data.to(default_device())
+
 # %% ../../nbs/10_experiments/02_task_data.ipynb #02-task-data-007
 def _disturbed(task, train, root):
     "The training set with imbalance and noise"
@@ -48,19 +66,17 @@ def _disturbed(task, train, root):
         return human_noise(train, task.rate, root)
     if task.noise == 'none':
         return train
-    disturb = dict(symmetric=symmetric_noise, asymmetric=asymmetric_noise)[task.noise]
-    return disturb(train, task.rate, task.seed)
+    kinds = dict(symmetric=symmetric_noise, asymmetric=asymmetric_noise, shuffled=shuffled_noise)
+    return kinds[task.noise](train, task.rate, task.seed)
 
 # %% ../../nbs/10_experiments/02_task_data.ipynb #02-task-data-009
 def task_data(
     task: Task,  # what to load
     root=None,  # data folder; default $KD_AIF_DATA, then ./data, then the hub
     progress: bool = True,  # show bars
-) -> tuple:  # training, validation and test set (`ImageData`)
+) -> tuple:  # training, validation and test set (`ImageData` or `TextData`)
     "The three sets of a task on the default device"
-    options = dict(root=root, device=default_device(), progress=progress, label=task.label)
-    load = partial(load_images, task.dataset, **options)
-    data, test = load('train'), load('test')
+    data, test = (_split(task, split, root, progress) for split in ('train', 'test'))
     if task.n_train is not None:
         data = subset(data, task.n_train, task.seed)
     train, val = hold_out(data, task.n_val, task.seed)
@@ -74,9 +90,9 @@ def task_data(
 # %% ../../nbs/10_experiments/02_task_data.ipynb #02-task-data-012
 def describe_data(
     task: Task,  # the task
-    train: ImageData,  # its training set
-    val: ImageData,  # its validation set
-    test: ImageData,  # its test set
+    train: ImageData | TextData,  # its training set
+    val: ImageData | TextData,  # its validation set
+    test: ImageData | TextData,  # its test set
 ) -> dict:  # what a record says of the data
     "Name, fingerprint, rows and disturbance of a task's data"
     noise = dict(kind=task.noise)
