@@ -8,6 +8,7 @@ __all__ = ['layer_map', 'patient_loss', 'PatientLoss', 'hidden_outputs']
 # %% ../../nbs/07_rivals/16_patient.ipynb #777a0b48
 from collections.abc import Callable, Sequence
 
+from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
@@ -35,6 +36,10 @@ def layer_map(
     return tuple(range(n_teacher - n_student + 1, n_teacher))
 
 # %% ../../nbs/07_rivals/16_patient.ipynb #1ac78a87
+def _shapes(tensors):
+    return [tuple(t.shape) for t in tensors]
+
+
 def _check_vectors(student_outputs, teacher_outputs):
     "Two lists of equally many vectors of equal shapes, logits last"
     for name, outputs in (('student_outputs', student_outputs), ('teacher_outputs', teacher_outputs)):
@@ -42,7 +47,7 @@ def _check_vectors(student_outputs, teacher_outputs):
             raise ValueError(
                 f"{name} are {type(outputs).__name__}; give the vectors (b, d) of at least one layer, logits last"
             )
-    shapes = [[tuple(o.shape) for o in outputs[:-1]] for outputs in (student_outputs, teacher_outputs)]
+    shapes = [_shapes(outputs[:-1]) for outputs in (student_outputs, teacher_outputs)]
     if shapes[0] != shapes[1] or any(len(shape) != 2 for shape in shapes[0]):
         raise ValueError(
             f"student_outputs and teacher_outputs are vectors {shapes[0]} and {shapes[1]}; patient distillation "
@@ -76,22 +81,24 @@ class PatientLoss:
         self.layers = layer_map(n_student, n_teacher, strategy)
         self.depths = dict(student=n_student, teacher=n_teacher)
 
-    def __call__(
-        self,
-        student_outputs: list,  # vectors of all its layers, logits last; see `hidden_outputs`
-        teacher_outputs: list,  # the same of the teacher
-        batch: dict | None = None,  # not used
-    ) -> Tensor:  # (b,)
-        "The loss of each sample"
-        for (name, depth), outputs in zip(self.depths.items(), (student_outputs, teacher_outputs)):
-            if outputs is None or len(outputs) != depth + 1:
-                found = 'None' if outputs is None else f'{len(outputs)} tensors'
-                raise ValueError(
-                    f"{name}_outputs: {found} for {depth} layers and the logits; "
-                    f"give both networks, all their layers (hidden_outputs()), and their depths n_student, n_teacher"
-                )
-        theirs = [teacher_outputs[layer - 1] for layer in self.layers]
-        return patient_loss([*student_outputs[:-2], student_outputs[-1]], [*theirs, teacher_outputs[-1]])
+# %% ../../nbs/07_rivals/16_patient.ipynb #adf2c867
+@patch
+def __call__(
+    self: PatientLoss,
+    student_outputs: list,  # vectors of all its layers, logits last; see `hidden_outputs`
+    teacher_outputs: list,  # the same of the teacher
+    batch: dict | None = None,  # not used
+) -> Tensor:  # (b,)
+    "The loss of each sample"
+    for (name, depth), outputs in zip(self.depths.items(), (student_outputs, teacher_outputs)):
+        if outputs is None or len(outputs) != depth + 1:
+            found = 'None' if outputs is None else f'{len(outputs)} tensors'
+            raise ValueError(
+                f"{name}_outputs: {found} for {depth} layers and the logits; "
+                f"give both networks, all their layers (hidden_outputs()), and their depths n_student, n_teacher"
+            )
+    theirs = [teacher_outputs[layer - 1] for layer in self.layers]
+    return patient_loss([*student_outputs[:-2], student_outputs[-1]], [*theirs, teacher_outputs[-1]])
 
 # %% ../../nbs/07_rivals/16_patient.ipynb #bbb0cf29
 def hidden_outputs(
