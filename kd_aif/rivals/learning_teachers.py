@@ -202,9 +202,7 @@ class MetaDistil:
     Zhou et al. (2022), Algorithm 1. Raises `ValueError` for a learning rate out of range."""
 
     lr: float  # peak learning rate of the teacher; 0: it rests
-    make_optimizer: Callable | None = (
-        torch.optim.AdamW
-    )  # make_optimizer(parameters, lr); None: the training's
+    make_optimizer: Callable | None = torch.optim.AdamW  # of parameters and lr; None: the training's
     student_lr: float | None = None  # learning rate of the virtual step; None: the student's present one
     val_loss: Callable | None = None  # val_loss(logits, batch) -> (m,); None: the label loss
     seed: int = 0  # order of the validation batches

@@ -103,9 +103,7 @@ def __call__(
 # %% ../../nbs/07_rivals/16_patient.ipynb #bbb0cf29
 def hidden_outputs(
     layers: Sequence[int] | None = None,  # which layers, from 1; None: all of them
-) -> (
-    Callable
-):  # outputs(model, batch) -> hidden states (b, d) of the first token after each layer, logits last
+) -> Callable:  # outputs(model, batch) -> states (b, d) of the first token by layer, logits last
     "What an `AuxiliaryLoss` of transformers looks at. Raises `ValueError` for a model without hidden states"
     if layers is not None:
         layers = [check_whole('layers', layer, remedy='give numbers of layers, from 1') for layer in layers]
