@@ -43,6 +43,8 @@ def check_settings(
     "Settings fit together; raises `TypeError` or `ValueError`"
     _check_groups(objective, training)
     _check_memory(objective, mechanism)
+    if objective.teacher_update is not None:
+        _check_teacher_update(teacher, mechanism, weighting, objective, training)
     if training.capture:
         _check_capture(teacher, schedule, weighting, objective)
     if mechanism not in MECHANISMS:
@@ -76,6 +78,28 @@ def _check_memory(objective, mechanism):
             f"label_loss is {kind}, which remembers the outputs of one network, but mechanism='both' trains two; "
             f"train teacher and student one after the other, each with its own {kind}"
         )
+
+# %% ../../nbs/06_distillation/08_checks.ipynb #daf69357
+def _check_teacher_update(teacher, mechanism, weighting, objective, training):
+    "The update of a teacher that learns along fits the run"
+    update = objective.teacher_update
+    if not callable(update):
+        raise TypeError(
+            f"teacher_update is a {type(update).__name__}; give a function teacher_update(fit, batch, epoch)"
+        )
+    faults = {
+        'teacher is None': teacher is None,
+        f'mechanism is {mechanism!r}, under which the teacher scores': mechanism is not None,
+        'weighting is Reweighting(), whose weights are made in the step': isinstance(weighting, Reweighting),
+        'cache_teacher is True, which keeps the logits of a fixed teacher': bool(training.cache_teacher),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ValueError(
+                f"teacher_update: {fault}; a teacher that learns along needs a plain distillation"
+            )
+    if hasattr(update, 'check_objective'):
+        update.check_objective(objective)
 
 # %% ../../nbs/06_distillation/08_checks.ipynb #8f0045ae
 def _check_capture(teacher, schedule, weighting, objective):
@@ -353,6 +377,8 @@ def check_networks(
     check_trainable('student', student)
     if teacher is not None:
         check_teacher(teacher, student, batch, objective.forward)
+    if objective.teacher_update is not None:
+        check_trainable('teacher', teacher)
     check_label_loss(objective, student, batch)
     if objective.auxiliary is not None:
         check_auxiliary(objective, student, teacher, batch)

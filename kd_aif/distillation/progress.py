@@ -154,6 +154,7 @@ def parts_with_state(
     objective, parts = config['objective'], {}
     parts['label_loss'] = objective.label_loss
     parts['auxiliary'] = getattr(objective.auxiliary, 'loss', None)
+    parts['teacher_update'] = objective.teacher_update
     parts['callback'] = getattr(config['weighting'], 'callback', None)
     return {name: part for name, part in parts.items() if has_state(name, part)}
 

@@ -261,9 +261,10 @@ def train_student(
 # %% ../../nbs/06_distillation/10_session.ipynb #1612ec76
 @patch
 def _trained_teacher(self: Session, joint):
-    "{'teacher': network} where it has been trained before"
-    others = dict(teacher=self.teacher) if self.teacher_was_trained else {}
-    self.teacher_was_trained = self.teacher_was_trained or joint
+    "{'teacher': network} where it has been trained before, or is changed by an update of its own"
+    learns = self.objective.teacher_update is not None
+    others = dict(teacher=self.teacher) if self.teacher_was_trained or learns else {}
+    self.teacher_was_trained = self.teacher_was_trained or joint or learns
     return others
 
 # %% ../../nbs/06_distillation/10_session.ipynb #28c3a4af
