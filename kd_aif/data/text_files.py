@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from .images import content_hash
+from .sources import _bars_of_datasets
 from .texts import TextData
 
 # %% ../../nbs/02_data/10_text_files.ipynb #effea2fd
@@ -95,9 +96,8 @@ def _from_dataset(table):
 # %% ../../nbs/02_data/10_text_files.ipynb #3b209e75
 def _parquet(path):
     "Columns and names of classes of a Parquet file"
-    import datasets
-
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+    scratch_folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with _bars_of_datasets(False) as datasets, scratch_folder as scratch:
         try:
             table = datasets.Dataset.from_parquet(str(path), cache_dir=scratch, keep_in_memory=True)
         except Exception as e:
