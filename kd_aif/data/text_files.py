@@ -268,8 +268,9 @@ def _given_classes(values, classes):
     place, found = {name: k for k, name in enumerate(names)}, list(map(_name, values))
     if numbers is not None and not set(found) <= set(place):
         found = list(map(_name, numbers))  # '1.0' in a file
-        if _as_numbers(names) is None and set(found) <= set(map(str, range(len(names)))):
-            found = [names[int(v)] for v in numbers]
+        if _as_numbers(names) is None:
+            by_number = {str(k): name for k, name in enumerate(names)}
+            found = [by_number.get(v, v) for v in found]
     for i, name in enumerate(found):
         if name not in place:
             raise ValueError(

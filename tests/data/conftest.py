@@ -6,12 +6,12 @@ import pytest
 class WordTokenizer:
     "A word is a number, its token is that number; 1 stands before the text and 2 after each part"
 
-    model_input_names = ['input_ids', 'token_type_ids', 'attention_mask']
     pad_token_type_id = 0
 
     def __init__(self, pad=0, side='right', longest=32, types=True, shift=0, named=True):
         self.pad_token_id, self.padding_side, self.model_max_length = pad, side, longest
         self.types, self.shift, self.calls = types, shift, 0
+        self.model_input_names = ['input_ids', *['token_type_ids'] * types, 'attention_mask']
         if named:
             self.get_vocab = lambda: {str(k): k + shift for k in range(100)}
 

@@ -123,7 +123,7 @@ def test_given_classes_fix_names_and_order(labels, classes, y):
     'labels, classes, says',
     [
         (['a', 'x', 'a'], ('a', 'b'), "row 1: label 'x' is not one of"),
-        ([0, 1, 2], ('no', 'yes'), 'row 0: label 0 is not'),
+        ([0, 1, 2], ('no', 'yes'), 'row 2: label 2 is not'),
         ([0, 1, 2], ('1', '2', '3'), 'row 0: label 0 is not'),
         ([0, 0.5, 1], ('no', 'yes'), 'is not one of'),
         (['a', 'b', 'a'], ('a', 'a'), 'different names'),
@@ -194,7 +194,9 @@ def test_named_columns():
 
 @pytest.mark.parametrize('value', [None, float('nan'), 3, pd.NA, ['x']])
 def test_a_text_must_be_a_string(value):
-    with pytest.raises(ValueError, match="row 1: the text in column 'text' is .*not a string; fill it or leave"):
+    with pytest.raises(
+        ValueError, match="row 1: the text in column 'text' is .*not a string; fill it or leave"
+    ):
         read_texts((['a', value, 'c'], [0, 1, 0]))
 
 
