@@ -157,9 +157,9 @@ def test_the_token_of_the_padding_is_looked_for_in_all_batches():
         list(MixedBatches(narrow, wide))
     epoch = list(MixedBatches(narrow, Padded(0, size=2, lengths=[5, 5, 1, 5])))
     assert all((b['input_ids'][b['attention_mask'] == 0] == 9).all() for b in epoch)
-    without = [{k: v for k, v in b.items() if k != 'attention_mask'} for b in Padded(8)]
+    loaders = [[{k: v for k, v in b.items() if k != 'attention_mask'} for b in o] for o in (narrow, wide)]
     with pytest.raises(ValueError, match="no 'attention_mask' shows which token"):
-        list(MixedBatches(without, without))
+        list(MixedBatches(*loaders))
 
 
 def test_other_columns_of_different_width_do_not_fit_together():
