@@ -144,8 +144,7 @@ def open_session(
 ) -> Session:  # ready to run
     "`Session` of checked settings, networks and data"
     check_settings(teacher, **config)
-    if config['mechanism'] is not None and config['weighting'] is None:
-        config = config | dict(weighting=Influence())
+    config = _with_weighting(config)
     weighting, objective, training = config['weighting'], config['objective'], config['training']
     include_validation = training.include_validation and weighting is not None
     data = TrainingSet(train, val, include_validation, training.seed, model_device(student))
@@ -160,6 +159,13 @@ def open_session(
     if isinstance(config['schedule'], Online):
         weights.online()
     return Session(student, teacher, data, weights, config, _progress(config, data, student, teacher))
+
+# %% ../../nbs/06_distillation/11_distill.ipynb #31c1bb49
+def _with_weighting(config):
+    "The settings, with the default weighting where there is a mechanism"
+    if config['mechanism'] is None or config['weighting'] is not None:
+        return config
+    return config | dict(weighting=Influence())
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #6f090024
 def _progress(config, data, student, teacher):

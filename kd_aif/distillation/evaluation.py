@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from scipy import stats
+from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import nn, Tensor
 
 from ..foundation.batches import model_device, to_device
@@ -35,13 +36,18 @@ def predict(
 def classification_metrics(
     logits: Tensor,  # (n, C)
     y: Tensor,  # (n,) labels
-) -> dict:  # 'accuracy' in [0, 1], 'loss' (mean cross-entropy, nats), 'per_class_accuracy' (C values or None)
-    "Accuracy and cross-entropy"
+) -> dict:  # 'accuracy' in [0, 1], 'loss' (nats), 'per_class_accuracy' (C values or None); 'f1', 'matthews'
+    "Accuracy and cross-entropy; for two classes F1 of the second one and Matthews' correlation too"
     logits = logits if logits.dtype == torch.float64 else logits.float()
     right = (logits.argmax(1) == y).double()
     per_class = [float(right[y == c].mean()) if (y == c).any() else None for c in range(logits.shape[1])]
     loss = float(nn.functional.cross_entropy(logits, y))
-    return dict(accuracy=float(right.mean()), loss=loss, per_class_accuracy=per_class)
+    metrics = dict(accuracy=float(right.mean()), loss=loss, per_class_accuracy=per_class)
+    if logits.shape[1] != 2:
+        return metrics
+    labels, found = y.cpu().numpy(), logits.argmax(1).cpu().numpy()
+    scores = f1_score(labels, found, zero_division=0), matthews_corrcoef(labels, found)
+    return metrics | dict(zip(('f1', 'matthews'), map(float, scores)))
 
 # %% ../../nbs/06_distillation/03_evaluation.ipynb #9f6f9312
 def regression_metrics(
