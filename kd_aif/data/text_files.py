@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from .images import content_hash
+from .sources import _bars_of_datasets
 from .texts import TextData
 
 # %% ../../nbs/02_data/10_text_files.ipynb #effea2fd
@@ -95,9 +96,8 @@ def _from_dataset(table):
 # %% ../../nbs/02_data/10_text_files.ipynb #3b209e75
 def _parquet(path):
     "Columns and names of classes of a Parquet file"
-    import datasets
-
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+    scratch_folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with _bars_of_datasets(False) as datasets, scratch_folder as scratch:
         try:
             table = datasets.Dataset.from_parquet(str(path), cache_dir=scratch, keep_in_memory=True)
         except Exception as e:
@@ -268,8 +268,9 @@ def _given_classes(values, classes):
     place, found = {name: k for k, name in enumerate(names)}, list(map(_name, values))
     if numbers is not None and not set(found) <= set(place):
         found = list(map(_name, numbers))  # '1.0' in a file
-        if _as_numbers(names) is None and set(found) <= set(map(str, range(len(names)))):
-            found = [names[int(v)] for v in numbers]
+        if _as_numbers(names) is None:
+            by_number = {str(k): name for k, name in enumerate(names)}
+            found = [by_number.get(v, v) for v in found]
     for i, name in enumerate(found):
         if name not in place:
             raise ValueError(

@@ -32,7 +32,7 @@ class Tokens:
     padding_side: str  # 'right' or 'left': where it is filled up
     max_length: int  # most tokens that a text has
     truncated: int  # number of texts that were longer and are cut
-    tokenizer: str  # hash that tells tokenizers apart
+    tokenizer: object  # hash that tells tokenizers apart, or the tokenizer itself
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -65,12 +65,13 @@ def batch(
     width: int = None,  # length of the longest of them, where the caller knows it; spares a wait for the device
 ) -> dict:  # 'input_ids', 'attention_mask' and what else the tokenizer makes, (b, L) int64
     "Some texts, padded to the longest of them"
-    lengths = self.lengths[positions]
+    starts = self.offsets[positions]
+    lengths = self.offsets[positions + 1] - starts
     column = torch.arange(width or int(lengths.max()), device=lengths.device)
     if self.padding_side == 'left':
         column = column - len(column) + lengths[:, None]
     mask = (column >= 0) & (column < lengths[:, None])
-    place = torch.where(mask, self.offsets[positions][:, None] + column, 0)
+    place = torch.where(mask, starts[:, None] + column, 0)
     found = {k: torch.where(mask, v[place].long(), self.pad_values[k]) for k, v in self.values.items()}
     return {prefix + k: v for k, v in dict(found, attention_mask=mask.long()).items()}
 
@@ -222,14 +223,14 @@ def _tokens(name, data, tokenizer, max_length):
         warnings.warn(
             f"{name}: {truncated} of {len(data)} texts of {data.name} ({data.split}) are cut at {limit} tokens; "
             "a larger max_length, where the model allows it, keeps more",
-            stacklevel=4,
+            stacklevel=3,
         )
     pads = dict(
         input_ids=int(tokenizer.pad_token_id), token_type_ids=getattr(tokenizer, 'pad_token_type_id', 0)
     )
     side = getattr(tokenizer, 'padding_side', 'right')
-    pads, identity = {k: pads[k] for k in tensors}, identity or f'tokenizer {id(tokenizer)}'
-    return Tokens(tensors, offsets, pads, side, limit, truncated, identity).to(data.y.device)
+    pads = {k: pads[k] for k in tensors}
+    return Tokens(tensors, offsets, pads, side, limit, truncated, identity or tokenizer).to(data.y.device)
 
 # %% ../../nbs/02_data/12_tokens.ipynb #3d11e657
 def tokenize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kd_aif.data.images import ImageData
 from kd_aif.data.loaders import ImageBatches
-from kd_aif.data.mixed_batches import MixedBatches, SubsetBatches, is_deterministic
+from kd_aif.data.mixed_batches import MixedBatches, SubsetBatches, is_deterministic, mix_batches
 
 
 class Reshuffled:
@@ -104,3 +104,77 @@ def test_what_is_deterministic(loaders):
 def test_batches_that_do_not_fit_together(loaders, wrong, message):
     with pytest.raises(ValueError, match=message):
         list(MixedBatches([dict(b) for b in loaders[0]], [wrong(b) for b in loaders[1]]))
+
+
+class Padded:
+    "Texts of 1 to 6 tokens, padded to the longest of each batch, as a collator of the transformers library does"
+
+    def __init__(self, n, side='right', pad=9, size=4, start=0, lengths=None):
+        self.lengths = lengths or [1 + (5 * k) % 6 for k in range(n)]
+        self.side, self.pad, self.size, self.start = side, pad, size, start
+
+    def __iter__(self):
+        for rows in torch.arange(len(self.lengths)).split(self.size):
+            lengths = [self.lengths[k] for k in rows]
+            ids = torch.full((len(rows), max(lengths)), self.pad)
+            mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
+            for row, (k, length) in enumerate(zip(rows.tolist(), lengths)):
+                place = slice(length) if self.side == 'right' else slice(max(lengths) - length, None)
+                ids[row, place] = 100 + self.start + k
+                mask[row, place] = types[row, place] = 1
+            inputs = dict(input_ids=ids, attention_mask=mask, token_type_ids=types)
+            yield dict(index=rows + self.start, y=rows % 2, **inputs)
+
+
+@pytest.mark.parametrize('side', ['right', 'left'])
+@pytest.mark.parametrize('prefix', ['', 'teacher.'])
+def test_texts_of_different_width_are_filled_up(side, prefix):
+    loaders = [Padded(23, side), Padded(11, side, start=50)]
+    if prefix:
+        loaders = [
+            [{k if k in ('index', 'y') else prefix + k: v for k, v in b.items()} for b in o] for o in loaders
+        ]
+    lengths = {int(i): k for o in (Padded(23), Padded(11, start=50)) for i, k in zip(_index(o), o.lengths)}
+    epoch = list(MixedBatches(*loaders))
+    assert sorted(_index(epoch)) == sorted(lengths)
+    for batch in epoch:
+        ids, mask = batch[f'{prefix}input_ids'], batch[f'{prefix}attention_mask']
+        assert torch.equal(mask, batch[f'{prefix}token_type_ids'])
+        for i, row, here in zip(batch['index'].tolist(), ids, mask.bool()):
+            assert here.sum() == lengths[i]
+            assert (row[here] == 100 + i).all() and (row[~here] == 9).all()
+            edge = here[: lengths[i]] if side == 'right' else here[len(here) - lengths[i] :]
+            assert edge.all()
+
+
+def _index(batches):
+    return torch.cat([b['index'] for b in batches]).tolist()
+
+
+def test_the_token_of_the_padding_is_looked_for_in_all_batches():
+    narrow, wide = Padded(0, size=2, lengths=[2, 2, 3, 3]), Padded(0, size=2, lengths=[5, 5, 6, 6])
+    with pytest.raises(ValueError, match="'input_ids' of different widths.*use text_batches"):
+        list(MixedBatches(narrow, wide))
+    epoch = list(MixedBatches(narrow, Padded(0, size=2, lengths=[5, 5, 1, 5])))
+    assert all((b['input_ids'][b['attention_mask'] == 0] == 9).all() for b in epoch)
+    loaders = [[{k: v for k, v in b.items() if k != 'attention_mask'} for b in o] for o in (narrow, wide)]
+    with pytest.raises(ValueError, match="no 'attention_mask' shows which token"):
+        list(MixedBatches(*loaders))
+
+
+def test_other_columns_of_different_width_do_not_fit_together():
+    odd = [dict(b, marks=b['input_ids']) for b in Padded(23)]
+    with pytest.raises(ValueError, match='do not fit together'):
+        list(MixedBatches(odd, odd))
+
+
+def test_mix_batches_needs_two_loaders_of_one_kind():
+    class Knowing(list):
+        def with_validation(self, val, seed):
+            return 'by the loader', val, seed
+
+    train, val = Knowing(Padded(8)), Knowing(Padded(4, start=50))
+    assert mix_batches(train, val, 7) == ('by the loader', val, 7)
+    assert isinstance(mix_batches(train, list(val)), MixedBatches)
+    plain = mix_batches(list(train), list(val), 7, ([4, 4], [4]))
+    assert isinstance(plain, MixedBatches) and (plain.seed, plain.n_train, plain.n_val) == (7, 8, 4)

@@ -798,7 +798,7 @@ FAULTS = {
     'val labels': (dict(val=changed(val_data, 'y', 0, -1)), 'val: labels from -1'),
     'label type': (
         dict(train=Loader({**train_data, 'y': train_data['y'].float()})),
-        r"batch\['y'\] is torch.float32.*int64",
+        'those of train are real numbers, those of val classes; give both one kind',
     ),
     'train index': (dict(train=Loader(without(train_data, 'index'))), "no 'index'"),
     'val index': (dict(val=[without(val_data, 'index')]), "val: batches have no 'index'"),
