@@ -67,6 +67,8 @@ _qqp = GlueTask(
     ('accuracy', 'f1'),
     dict(train=363_846, test=40_430),
 )
+
+# %% ../../nbs/02_data/11_glue.ipynb #aff8782f
 _mnli = GlueTask(
     'MNLI',
     'mnli',

