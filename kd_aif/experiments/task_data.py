@@ -53,7 +53,8 @@ def _split(task, split, root, progress):
     data = load_glue(task.dataset.removeprefix('glue/'), split, root, progress)
     if split == 'test' and task.n_test is not None and task.n_test < len(data):
         data = subset(data, task.n_test, 0)
-    return data.to(default_device())
+    lengths = torch.tensor([len(' '.join(text) if data.is_pair else text) for text in data.texts])
+    return data.select(lengths.argsort(stable=True)).to(default_device())
 
 # %% ../../nbs/10_experiments/02_task_data.ipynb #02-task-data-007
 def _disturbed(task, train, root):

@@ -94,9 +94,9 @@ _TASKS = (
 
 # %% ../../nbs/10_experiments/01_tasks.ipynb #c3bf2ec4
 MINILM = dict(teacher='minilm', student='minilm:0,2,4', batch_size=32, precision='bfloat16', epochs=2)
-LITE_TEXTS = dict(lr=2e-4, max_length=64, n_val=500, freeze_embeddings=True, tier='lite', **MINILM)
+LITE_TEXTS = dict(lr=1e-4, max_length=64, n_val=400, freeze_embeddings=True, tier='lite', **MINILM)
 FULL_TEXTS = dict(lr=5e-5, max_length=128, tier='full', **MINILM | dict(epochs=3))
-_LITE_ROWS = dict(rte=None, mrpc=None, cola=2500, sst2=3500, qnli=2500, stsb=2500)  # validation included
+_LITE_ROWS = dict(rte=None, mrpc=None, cola=2400, sst2=3400, qnli=2400, stsb=2400)  # validation included
 _HELD_OUT = dict(rte=400, mrpc=500, cola=1000, sst2=2000, qnli=2000, stsb=1000, mnli=5000, qqp=5000, wnli=100)
 
 _TEXT_TASKS = (
