@@ -22,6 +22,8 @@ from ..distillation.result import Run
 from ..distillation.weighting import Fixed
 from .storage import Storage
 from .tasks import Task
+
+# %% ../../nbs/10_experiments/04_context.ipynb #5d5c3e47
 from kd_aif.experiments.teachers import (
     new_model,
     task_batches,

@@ -25,9 +25,7 @@ class DataSettings:
 
     n_train: int | None = None  # samples taken from the training split, validation included; None takes all
     n_val: int  # of these, held out for validation
-    noise: str = (
-        'none'  # label noise of the training set: none, symmetric, asymmetric, instance, human, shuffled
-    )
+    noise: str = 'none'  # label noise of the training set, one of `NOISES`
     rate: float | str = 0.0  # of the noise, 0 to 1; for human aggregate, random1, random2, random3 or worst
     imbalance: float = 1.0  # size of the largest class over that of the smallest, from 1
     val_rate: float = 0.0  # rate of symmetric noise in the validation set
