@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from .trainer import fused_on_gpu, Training
+from .trainer import Training
 from ..foundation.core import check_fraction
 
 # %% ../../nbs/06_distillation/04b_transformer_training.ipynb #f49ee0bf
@@ -26,7 +26,8 @@ def adamw(
         dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0),
     ]
     groups = [group for group in groups if group['params']]
-    return torch.optim.AdamW(groups, lr=lr, **fused_on_gpu(parameters))
+    fused = all(p.is_floating_point() and p.device.type in ('cpu', 'cuda') for p in parameters)
+    return torch.optim.AdamW(groups, lr=lr, fused=fused)
 
 # %% ../../nbs/06_distillation/04b_transformer_training.ipynb #4b704846
 def linear_warmup(
