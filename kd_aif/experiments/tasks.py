@@ -91,15 +91,24 @@ _TASKS = (
 )
 
 # %% ../../nbs/10_experiments/01_tasks.ipynb #c3bf2ec4
-MINILM = dict(teacher='minilm', student='minilm:0,2,4', batch_size=32, precision='bfloat16', epochs=2)
-LITE_TEXTS = dict(lr=1e-4, max_length=64, n_val=400, freeze_embeddings=True, tier='lite', **MINILM)
-FULL_TEXTS = dict(lr=5e-5, max_length=128, tier='full', **MINILM | dict(epochs=3))
-_LITE_ROWS = dict(rte=None, mrpc=None, cola=2400, sst2=3400, qnli=2400, stsb=2400)  # validation included
-_HELD_OUT = dict(rte=400, mrpc=500, cola=1000, sst2=2000, qnli=2000, stsb=1000, mnli=5000, qqp=5000, wnli=100)
+MINILM = dict(teacher='minilm', student='minilm:0,2,4', batch_size=32, precision='bfloat16')
+LITE_TEXTS = dict(epochs=2, max_length=64, n_test=1000, freeze_embeddings=True, tier='lite', **MINILM)
+FULL_TEXTS = dict(epochs=3, max_length=128, lr=5e-5, tier='full', **MINILM)
+_LITE_ROWS = dict(
+    cola=(2400, 400), sst2=(4000, 1000), mrpc=(None, 500), stsb=(2400, 400), qnli=(2400, 400), rte=(None, 400)
+)
+_HELD_OUT = dict(cola=1000, sst2=2000, mrpc=500, stsb=1000, qnli=2000, rte=400, mnli=5000, qqp=5000, wnli=100)
+
+# %% ../../nbs/10_experiments/01_tasks.ipynb #1b922f0d
+def _lite_text(name, n_train, n_val):
+    "The task of tier lite"
+    lr = 2e-4 if len(glue_task(name).columns) == 2 else 1e-4
+    return Task(dataset=f'glue/{name}', n_train=n_train, n_val=n_val, lr=lr, **LITE_TEXTS)
+
 
 _TEXT_TASKS = (
-    *(Task(dataset=f'glue/{t}', n_train=n, n_test=2000, **LITE_TEXTS) for t, n in _LITE_ROWS.items()),
-    *(Task(dataset=f'glue/{t}', n_val=n, **FULL_TEXTS) for t, n in _HELD_OUT.items()),
+    *(_lite_text(name, *rows) for name, rows in _LITE_ROWS.items()),
+    *(Task(dataset=f'glue/{name}', n_val=n, **FULL_TEXTS) for name, n in _HELD_OUT.items()),
 )
 TASKS = {(task.dataset, task.tier): task for task in (*_TASKS, *_TEXT_TASKS)}
 
