@@ -20,7 +20,7 @@ from ..distillation.objective import autocast_forward, Objective
 from ..distillation.progress import _loader_generators
 from ..distillation.trainer import Fit, Step, Trainer
 from ..foundation.batches import batch_size, eval_view, model_device, to_device
-from ..foundation.core import check_fraction, check_positive, evaluating, generator
+from ..foundation.core import check_fraction, check_positive, check_whole, evaluating, generator
 from ..foundation.losses import softened_divergence, squared_difference, weighted_mean
 from ..influence.curvature import _Forward
 from .online_teachers import divergence
@@ -206,6 +206,7 @@ class MetaDistil:
     student_lr: float | None = None  # learning rate of the virtual step; None: the student's present one
     val_loss: Callable | None = None  # val_loss(logits, batch) -> (m,); None: the label loss
     seed: int = 0  # order of the validation batches
+    every: int = 1  # the teacher learns before every k-th step of the student
 
     _fit, _trainer, _saved = None, None, None
 
@@ -214,6 +215,7 @@ class MetaDistil:
             check_positive('lr', self.lr)
         if self.student_lr is not None:
             check_positive('student_lr', self.student_lr)
+        check_whole('every', self.every)
 
 # %% ../../nbs/07_rivals/17_learning_teachers.ipynb #d35a8dea
 @patch
@@ -239,7 +241,7 @@ def _start(self: MetaDistil, fit):
     "Optimiser, schedule and validation batches of one run"
     parameters = [p for p in fit.teacher.parameters() if p.requires_grad]
     optimizer = (self.make_optimizer or fit.training.make_optimizer)(parameters, self.lr)
-    updates = fit.training.epochs * fit.data.n_batches
+    updates = -(-fit.training.epochs * fit.data.n_batches // self.every)
     schedule = fit.training.make_schedule(optimizer, self.lr, updates)
     self._trainer = Trainer(fit.teacher, optimizer, schedule)
     self._val = EndlessBatches(_read_once(fit.data, self.seed), self.seed)
@@ -304,6 +306,8 @@ def __call__(
     "One step of the teacher, before it is asked about this batch"
     if self._fit is None or self._fit() is not fit:
         self._start(fit)
+    if fit.trainer.schedule.last_epoch % self.every:
+        return
     lesson = self.lesson(fit, batch)
     gradient = validation_gradient_of_teacher(
         lesson, fit.teacher, self._trainer.parameters, self.auxiliary_of(lesson)

@@ -508,3 +508,26 @@ def test_feedback_is_without_graph_and_symmetric():
     assert torch.allclose((found.ahead + found.behind) / 2, found.logits), 'a linear student'
     assert not torch.allclose(found.ahead, found.behind)
     assert softened_divergence(found.ahead, found.behind).max() > 0
+
+
+@pytest.mark.parametrize('every, expected', [(1, 8), (2, 4), (3, 3)])
+def test_a_teacher_learns_before_every_kth_step_of_its_student(monkeypatch, every, expected):
+    import kd_aif.rivals.learning_teachers as module
+
+    calls, original = [], module.validation_gradient_of_teacher
+
+    def counted(*args, **options):
+        calls.append(1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, 'validation_gradient_of_teacher', counted)
+    batches = [points(6, seed) | dict(index=torch.arange(6) + 6 * seed) for seed in range(4)]
+    objective = Objective(T=2.0, alpha=0.5, teacher_update=MetaDistil(lr=1e-3, every=every))
+    training = Training(epochs=2, lr=0.05, progress=False)
+    distill(layers(0, 2, 3), layers(1, 2, 4, 3), batches, batches, objective=objective, training=training)
+    assert len(calls) == expected
+
+
+def test_every_must_be_a_whole_number():
+    with pytest.raises(ValueError, match='every is 0'):
+        MetaDistil(lr=1e-3, every=0)
