@@ -67,33 +67,28 @@ def write_examples(
     return found
 
 # %% ../../nbs/10_experiments/17i_text_examples.ipynb #3080c000
+def _example_text(example, data):
+    "Its text, or where it would be"
+    at = [] if data is None else (data.index == example['index']).nonzero()[:, 0].tolist()
+    if not at:
+        return f"(row {example['index']} of the training set; the texts are not at hand)"
+    found = data.texts[at[0]]
+    return found if isinstance(found, str) else ' · '.join(found)
+
+# %% ../../nbs/10_experiments/17i_text_examples.ipynb #c90047a3
 def examples_table(
     examples: list,  # of one task, see `extreme_samples`
     data: TextData | None,  # its official training set; None: not at hand
 ) -> pd.DataFrame:  # kind, text, given and right label, score, weight
     "Examples with their texts"
-    place = {} if data is None else {int(i): p for p, i in enumerate(data.index)}
-
-    def text(index):
-        if index not in place:
-            return f'(row {index} of the training set; the texts are not at hand)'
-        found = data.texts[place[index]]
-        return found if isinstance(found, str) else ' · '.join(found)
 
     def label(value):
         return f'{value:.1f}' if data is None or data.is_regression else data.classes[int(value)]
 
-    rows = [
-        (
-            e['kind'],
-            text(e['index']),
-            label(e['given']),
-            label(e['right']),
-            f"{e['score']:.3g}",
-            f"{e['weight']:.2f}",
-        )
-        for e in examples
-    ]
+    rows = []
+    for e in examples:
+        numbers = f"{e['score']:.3g}", f"{e['weight']:.2f}"
+        rows.append((e['kind'], _example_text(e, data), label(e['given']), label(e['right']), *numbers))
     return pd.DataFrame(rows, columns=['', 'sentence', 'given label', 'right label', 'score', 'weight'])
 
 # %% ../../nbs/10_experiments/17i_text_examples.ipynb #482eda96
