@@ -175,6 +175,19 @@ class StreamedRows(Rows):
                     yield sample_gradients(self.flat, batch_rows(batch, at), w[at]).detach()
             start = max(0, start - len(w))
 
+# %% ../../nbs/04_influence/03_sampled_rows.ipynb #53976d5e
+@patch(as_prop=True)
+def note(self: Rows) -> str:  # in words
+    "How many rows there are, and what is held of them"
+    return f'{len(self)} rows'
+
+
+@patch(as_prop=True)
+def note(self: StreamedRows) -> str:  # in words
+    "How many rows there are, and what is held of them"
+    gib = self.block * self.size * self.flat.dtype.itemsize / 2**30
+    return f'{len(self)} rows, computed again whenever they are needed, {self.block} held at a time ({gib:.2g} GiB)'
+
 # %% ../../nbs/04_influence/03_sampled_rows.ipynb #4d641c90
 @patch
 def _block_products(self: StreamedRows, start):
