@@ -39,7 +39,7 @@ from kd_aif.influence.last_layer import (
     last_layer_view,
     LastLayerGaussNewton,
 )
-from .sampled_rows import numbers_to_hold
+from .sampled_rows import affordable_rows
 from .scored_parameters import scored_parameters
 from .solvers import Woodbury
 
@@ -209,11 +209,11 @@ def all_layer_solver(
     flat: FlatModel | None = None,  # the model; None: its rows fit into memory
 ) -> CG | Woodbury:  # a solver for all layers
     """`CG` for one right-hand side; `Woodbury` with 1,024 rows for several, whose cost does not grow with them.
-    Fewer rows where eight times those that `numbers_to_hold` allows are fewer, but at least 256."""
-    if columns == 1:
-        return CG()
-    most = 1024 if flat is None else 8 * (numbers_to_hold(flat) // flat.size)
-    return Woodbury(n_samples=min(1024, max(256, most)))
+    `Woodbury` with `affordable_rows`, and a check of its residual, where 512 rows are not affordable."""
+    if flat is not None and affordable_rows(flat, 512) < 512:
+        return Woodbury(n_samples=affordable_rows(flat, 512), check=True)
+    rows = 1024 if flat is None else affordable_rows(flat, 1024)
+    return CG() if columns == 1 else Woodbury(n_samples=rows)
 
 # %% ../../nbs/04_influence/09_scores.ipynb #3e2f3b64
 @dataclass(frozen=True, eq=False)

@@ -35,7 +35,7 @@ from kd_aif.influence.scores import (
     InfluenceScores,
     joined_notes,
 )
-from .sampled_rows import numbers_to_hold
+from .sampled_rows import affordable_rows, numbers_to_hold
 from .scored_parameters import scored_parameters
 from .solvers import Exact, resolve_damping, Woodbury
 from ..models.features import last_linear
@@ -61,8 +61,10 @@ def _last_layer_pieces(model, loss, train, solver, forward, progress, embeddings
 # %% ../../nbs/04_influence/09b_self_influence.ipynb #07-influence-047
 def _row_solver(flat):
     "`Woodbury` with its own number of rows, or with those that fit where these are less than an eighth of it"
-    fits = numbers_to_hold(flat) // flat.size
-    return Woodbury() if 8 * fits >= Woodbury().n_samples else Woodbury(n_samples=max(1, fits))
+    wanted = Woodbury().n_samples
+    if affordable_rows(flat, wanted) == wanted:
+        return Woodbury()
+    return Woodbury(n_samples=max(1, numbers_to_hold(flat) // flat.size))
 
 
 def _all_layer_pieces(model, loss, train, solver, forward, progress, embeddings):

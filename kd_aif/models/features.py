@@ -62,7 +62,7 @@ def _linear_calls(model, batch, forward):
 
 # %% ../../nbs/03_models/03_features.ipynb #ee7fff77
 def _classifier_call(model, batch, forward):
-    "(name, layer, input) of the linear layer that made the logits (or of every token's; None if there is none), and the logits"
+    "(name, layer, input) of the linear layer that made the logits, or those of every token, or None; and the logits"
     calls, logits = _linear_calls(model, batch, forward)
     for name, layer, features, output in reversed(calls):
         same_shape = output.shape == logits.shape
