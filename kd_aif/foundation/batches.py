@@ -196,8 +196,7 @@ def _concatenated(batches, rules):
 def merged(
     batches: list[dict],  # batches whose tensors have one row per sample
     size: int,  # samples in a merged batch
-    rules: dict
-    | None = None,  # prefix → rule of texts that are padded on the right; None: found in `batches`
+    rules: dict | None = None,  # prefix → rule of texts padded on the right; None: as in `batches`
 ) -> list[dict]:  # the same samples in the same order, in fewer batches where their shapes allow it
     "Small batches put together; batches that do not fit together are kept as they are"
     groups, rules = [], _right_padding(batches) if rules is None else rules

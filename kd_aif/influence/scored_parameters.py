@@ -32,9 +32,7 @@ def _tied_names(model, names):
 def scored_parameters(
     model: nn.Module,  # any model
     embeddings: bool = False,  # score the tables of embeddings of a model of texts too
-) -> tuple[
-    list[str] | None, str
-]:  # names for `FlatModel` (None: all), and a note; '' when nothing is left out
+) -> tuple[list[str] | None, str]:  # names for `FlatModel` (None: all), and a note, maybe empty
     "Which parameters scores of all layers are about; raises `ValueError` when only embeddings could be trained"
     left_out = [] if embeddings else embedding_names(model)
     if not left_out:

@@ -223,9 +223,7 @@ class AllLayerOptions:
     mode: str = 'auto'  # 'auto' and 'forward' exact, 'finite' faster, see `directional_scores`
     losses: Tensor | None = None  # (n,) losses at θ in the order of train: 'finite' then takes one pass
     start: InfluenceScores | None = None  # of a model nearby, with the same target: a warm start for `CG`
-    embeddings: bool = (
-        False  # score the tables of embeddings of a model of texts too, see `scored_parameters`
-    )
+    embeddings: bool = False  # the tables of embeddings too, see `scored_parameters`
 
     def __post_init__(self):
         check_mode(self.mode)
