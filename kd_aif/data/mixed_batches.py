@@ -13,21 +13,16 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..foundation.batches import batch_rows, batch_size, eval_view, set_epoch
+from kd_aif.foundation.batches import (
+    batch_rows,
+    batch_size,
+    eval_view,
+    padded_columns,
+    padding_rule,
+    set_epoch,
+    TOKEN_FILLS,
+)
 from ..foundation.core import generator
-
-# %% ../../nbs/02_data/07_mixed_batches.ipynb #09-distill-007
-_fillings = {'attention_mask': 0, 'token_type_ids': 0, 'input_ids': None}
-
-# %% ../../nbs/02_data/07_mixed_batches.ipynb #38f7bee3
-def _padding_rule(batches, prefix):
-    "(token, side) of the first masked position; None when there is none"
-    for batch in batches:
-        ids, mask = batch.get(f'{prefix}input_ids'), batch.get(f'{prefix}attention_mask')
-        if ids is not None and mask is not None and len(places := (mask == 0).nonzero()):
-            row, column = places[0].tolist()
-            return int(ids[row, column]), 'right' if mask[row, -1] == 0 else 'left'
-    return None
 
 # %% ../../nbs/02_data/07_mixed_batches.ipynb #c4dc121b
 class _Padding:
@@ -39,7 +34,7 @@ class _Padding:
     def rule(self, parts, prefix):
         "(token, side); ValueError when no batch shows it"
         if self.rules.get(prefix) is None:
-            self.rules[prefix] = _padding_rule(chain(parts, *map(eval_view, self.loaders)), prefix)
+            self.rules[prefix] = padding_rule(chain(parts, *map(eval_view, self.loaders)), prefix)
         if self.rules[prefix] is None:
             raise ValueError(
                 f"batches have '{prefix}input_ids' of different widths, and no '{prefix}attention_mask' shows which "
@@ -47,25 +42,16 @@ class _Padding:
             )
         return self.rules[prefix]
 
-# %% ../../nbs/02_data/07_mixed_batches.ipynb #d89cc658
-def _padded(parts, key, padding):
-    "Columns of whole numbers (b, L), filled up to the same width"
-    name = key.rpartition('.')[2]
-    token, side = padding.rule(parts, key.removesuffix(name))
-    fill, widest = _fillings[name], max(p[key].shape[1] for p in parts)
-    missing = [widest - p[key].shape[1] for p in parts]
-    edges = [(0, m) if side == 'right' else (m, 0) for m in missing]
-    fill = token if fill is None else fill
-    return [torch.nn.functional.pad(p[key], e, value=fill) for p, e in zip(parts, edges)]
-
 # %% ../../nbs/02_data/07_mixed_batches.ipynb #73d8cf92
 def _column(parts, key, padding=None):
     values = [p[key] for p in parts]
     if not isinstance(values[0], Tensor) or not values[0].ndim:
         return values[0]  # a number or a setting, the same in all batches
-    texts = key.rpartition('.')[2] in _fillings and all(v.ndim == 2 for v in values)
+    name = key.rpartition('.')[2]
+    texts = name in TOKEN_FILLS and all(v.ndim == 2 for v in values)
     if texts and len({v.shape[1] for v in values}) > 1:
-        values = _padded(parts, key, padding or _Padding())
+        rule = (padding or _Padding()).rule(parts, key.removesuffix(name))
+        values = padded_columns(values, name, rule)
     return torch.cat(values)
 
 # %% ../../nbs/02_data/07_mixed_batches.ipynb #4f21be62

@@ -29,7 +29,16 @@ from kd_aif.influence.last_layer import (
     LastLayerGaussNewton,
     LastLayerView,
 )
-from .scores import _check_precision, _measured, _n_classes, _seconds, all_layer_solver
+from kd_aif.influence.scores import (
+    _check_precision,
+    _measured,
+    _n_classes,
+    _seconds,
+    all_layer_solver,
+    check_gradient,
+    joined_notes,
+)
+from .scored_parameters import scored_parameters
 from .solvers import Solution
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #07-influence-049
@@ -46,6 +55,7 @@ class CrossScores:
     damping: float  # λ
     residual: float  # relative residual of the solve
     seconds: dict  # wall time of 'gradient', 'solve', 'scoring', summed over the folds
+    note: str = ''  # the solver's own remark, and what is left out
 
     def __len__(self):
         return len(self.index)
@@ -57,7 +67,7 @@ def _repr_markdown_(self: CrossScores):
     return (
         f"**Cross scores** (`{' + '.join(self.score)}`) of {len(self):,} training samples, "
         f"{len(self.values)} folds with {sizes} reference samples; λ = {self.damping:.2e}, "
-        f"relative residual {self.residual:.1e}, {sum(self.seconds.values()):.2f} s"
+        f"relative residual {self.residual:.1e}, {sum(self.seconds.values()):.2f} s{self.note and '; ' + self.note}"
     )
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #22b96b35
@@ -99,6 +109,7 @@ class Scoring:
     val_loss: Callable | None = None  # loss whose fall on the validation samples is the aim; default the loss
     forward: Callable | None = None  # forward(model, batch) -> logits; default model(batch['x'])
     progress: bool = True  # show bars
+    embeddings: bool = False  # all layers: the tables of embeddings too, see `scored_parameters`
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #9f39b5c3
 def last_layer_views(
@@ -144,6 +155,7 @@ class _Folds:
     val_influence: Tensor  # (folds, m)
     solution: Solution  # of all right-hand sides
     seconds: dict  # wall time by phase
+    note: str = ''  # what is left out
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #bdca094e
 def _influence(values, logits, target):
@@ -222,13 +234,14 @@ def _fold_gradients(held, val, fold, folds, target, n_classes):
 def _all_layer_folds(model, loss, train, val, target, folds, seed, scoring):
     "`_Folds` by all layers"
     _check_precision(model)
-    start, flat, val = perf_counter(), FlatModel(model, loss, scoring.forward), list(val)
-    held = FlatModel(model, scoring.val_loss or loss, scoring.forward)
+    names, note = scored_parameters(model, scoring.embeddings)
+    start, flat, val = perf_counter(), FlatModel(model, loss, scoring.forward, names), list(val)
+    held = FlatModel(model, scoring.val_loss or loss, scoring.forward, names)
     t, v = (_outputs(flat, batches) for batches in (train, val))
     n_classes = _n_classes(held, val[0]) if scoring.val_loss else v.logits.shape[1]
     fold = stratified_folds(v.y, folds, seed).to(v.y.device)
-    b = _fold_gradients(held, val, fold, folds, target, n_classes)
-    gradient, solver = perf_counter(), scoring.solver or all_layer_solver(b.shape[1])
+    b = check_gradient('val', _fold_gradients(held, val, fold, folds, target, n_classes))
+    gradient, solver = perf_counter(), scoring.solver or all_layer_solver(b.shape[1], flat)
     curvature = GaussNewton(flat, sample_batches(_Chained(train, val), solver.n_samples))
     solution = solver.solve(curvature, b)
     solve = perf_counter()
@@ -240,7 +253,7 @@ def _all_layer_folds(model, loss, train, val, target, folds, seed, scoring):
         return torch.stack([_influence(u, outputs.logits, target) for u in columns])
 
     influence = read(train, t), read(val, v)
-    return _Folds(t, v, fold, *influence, solution, _seconds(start, gradient, solve, perf_counter()))
+    return _Folds(t, v, fold, *influence, solution, _seconds(start, gradient, solve, perf_counter()), note)
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #1b3a92e3
 def _crossed(found, score):
@@ -253,7 +266,8 @@ def _crossed(found, score):
         labels.append(v.y[fold == k].cpu())
     values, solution = check_finite(torch.stack(values).cpu()), found.solution
     known = values, t.index.cpu(), t.y.cpu(), tuple(reference), tuple(labels), score
-    return CrossScores(*known, solution.damping, solution.residual, found.seconds)
+    note = joined_notes(solution.note, found.note)
+    return CrossScores(*known, solution.damping, solution.residual, found.seconds, note)
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #e0263ed1
 @_measured

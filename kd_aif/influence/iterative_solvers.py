@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..foundation.core import generator
+from .sampled_rows import StreamedRows
 from .solvers import damped_product, relative_residuals, resolve_damping, right_hand_sides
 from .solvers import Solution, Woodbury
 
@@ -93,11 +94,14 @@ def _rows(self: CG, operator):
 # %% ../../nbs/04_influence/06_iterative_solvers.ipynb #1ae7aa06
 @patch
 def _inverse(self: CG, operator, lam):
-    "v -> M⁻¹v"
+    "v -> M⁻¹v, and a note where its rows do not fit into memory"
     M = self.preconditioner
     if M is None or isinstance(M, Woodbury) and not hasattr(operator, 'rows'):
-        return lambda v: v
-    return M.inverse(operator, lam)[0] if hasattr(M, 'inverse') else M
+        return (lambda v: v), ''
+    if not hasattr(M, 'inverse'):
+        return M, ''
+    apply, note = M.inverse(operator, lam)
+    return apply, f'preconditioner: {note}' if isinstance(self._rows(operator), StreamedRows) else ''
 
 # %% ../../nbs/04_influence/06_iterative_solvers.ipynb #91c09df0
 @patch
@@ -130,11 +134,11 @@ def solve(
     or the operator is not positive definite."""
     start, B = perf_counter(), right_hand_sides(operator, b)
     lam, spent = resolve_damping(self.damping, operator, b, self._rows(operator))
-    M, A = self._inverse(operator, lam), self._operator(operator)
+    (M, note), A = self._inverse(operator, lam), self._operator(operator)
     x, r, used = first_residual(A, lam, B, x0)
     x, r, steps = self._iterate(A, lam, M, B, x, r)
     residual, spent = float(relative_residuals(r, B).max()), spent + used + steps
-    return Solution(x.reshape(b.shape), residual, spent, perf_counter() - start, lam, inverse=M)
+    return Solution(x.reshape(b.shape), residual, spent, perf_counter() - start, lam, note, M)
 
 # %% ../../nbs/04_influence/06_iterative_solvers.ipynb #4f7be253
 def largest_eigenvalue(

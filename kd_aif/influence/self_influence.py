@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+# %% ../../nbs/04_influence/09b_self_influence.ipynb #524be260
 from ..foundation.batches import batch_rows, sample_batches, to_device
 from ..foundation.core import bar_options
 from ..foundation.batches import row_slices
@@ -26,13 +27,22 @@ from kd_aif.influence.last_layer import (
     last_layer_view,
     LastLayerGaussNewton,
 )
-from .scores import _check_precision, _measured, _n_classes, _seconds, InfluenceScores
+from kd_aif.influence.scores import (
+    _check_precision,
+    _measured,
+    _n_classes,
+    _seconds,
+    InfluenceScores,
+    joined_notes,
+)
+from .sampled_rows import affordable_rows, numbers_to_hold
+from .scored_parameters import scored_parameters
 from .solvers import Exact, resolve_damping, Woodbury
 from ..models.features import last_linear
 
 # %% ../../nbs/04_influence/09b_self_influence.ipynb #8ecb1dbe
-def _last_layer_pieces(model, loss, train, solver, forward, progress):
-    "Solver, curvature, a tensor that gives the dtype, and pairs of index and gradients of the last layer"
+def _last_layer_pieces(model, loss, train, solver, forward, progress, embeddings):
+    "Solver, curvature, a tensor that gives the dtype, pairs of index and gradients of the last layer, and a note"
     first = batch_rows(to_device(_first_batch('train', train), next(model.parameters()).device), slice(2))
     n_classes = last_linear(model, first, forward)[1].out_features
     keep = _max_hessians(n_classes, solver.n_samples if solver else None)
@@ -40,18 +50,33 @@ def _last_layer_pieces(model, loss, train, solver, forward, progress):
     operator = LastLayerGaussNewton(view)
     solver = solver or (Exact() if operator.size <= 3000 else Woodbury(n_samples=1024))
     slices = row_slices(len(view), max(1, 2**24 // operator.size))
-    return solver, operator, view.features, ((view.index[at], view.select(at).gradients()) for at in slices)
+    return (
+        solver,
+        operator,
+        view.features,
+        ((view.index[at], view.select(at).gradients()) for at in slices),
+        '',
+    )
 
 # %% ../../nbs/04_influence/09b_self_influence.ipynb #07-influence-047
-def _all_layer_pieces(model, loss, train, solver, forward, progress):
+def _row_solver(flat):
+    "`Woodbury` with its own number of rows, or with those that fit where these are less than an eighth of it"
+    wanted = Woodbury().n_samples
+    if affordable_rows(flat, wanted) == wanted:
+        return Woodbury()
+    return Woodbury(n_samples=max(1, numbers_to_hold(flat) // flat.size))
+
+
+def _all_layer_pieces(model, loss, train, solver, forward, progress, embeddings):
     "The same for all layers"
     _check_precision(model)
-    flat, first = FlatModel(model, loss, forward), _first_batch('train', train)
+    names, note = scored_parameters(model, embeddings)
+    flat, first = FlatModel(model, loss, forward, names), _first_batch('train', train)
     _n_classes(flat, first)
-    solver = solver or Woodbury()
+    solver = solver or _row_solver(flat)
     operator = GaussNewton(flat, sample_batches(train, solver.n_samples))
     bar = tqdm(train, desc='self-influence', leave=False, **bar_options(progress))
-    return solver, operator, flat.theta, ((piece['index'], g) for piece, g in _gradients(flat, bar))
+    return solver, operator, flat.theta, ((piece['index'], g) for piece, g in _gradients(flat, bar)), note
 
 # %% ../../nbs/04_influence/09b_self_influence.ipynb #4b23cb4b
 def _damping(solver, operator, like):
@@ -62,7 +87,7 @@ def _damping(solver, operator, like):
     return resolve_damping(getattr(solver, 'damping', 1.0), operator, like, rows)[0]
 
 # %% ../../nbs/04_influence/09b_self_influence.ipynb #51403166
-def _self_scores(start, solver, operator, like, pieces):
+def _self_scores(start, solver, operator, like, pieces, left_out):
     "Self-influence from pieces of gradients; `start` is the time at which the work began"
     lam = _damping(solver, operator, like)
     apply, note = solver.inverse(operator, lam)
@@ -70,7 +95,9 @@ def _self_scores(start, solver, operator, like, pieces):
     parts = [(i.cpu(), (g.T * apply(g.T)).sum(0).cpu()) for i, g in pieces]
     index, values = map(torch.cat, zip(*parts))
     seconds = _seconds(start, start, solved, perf_counter())
-    return InfluenceScores(check_finite(values), index, 'self', lam, float('nan'), 0, seconds, note)
+    return InfluenceScores(
+        check_finite(values), index, 'self', lam, float('nan'), 0, seconds, joined_notes(note, left_out)
+    )
 
 # %% ../../nbs/04_influence/09b_self_influence.ipynb #de33e676
 @_measured
@@ -82,6 +109,7 @@ def self_influence(
     last_layer: bool = LAST_LAYER,  # the last linear layer in closed form, or all layers
     forward: Callable | None = None,  # forward(model, batch) -> logits; default model(batch['x'])
     progress: bool = True,  # show bars
+    embeddings: bool = False,  # all layers: the tables of embeddings too, see `scored_parameters`
 ) -> InfluenceScores:  # .values (n,), not negative
     """∇ℓ_iᵀ(G + λI)⁻¹∇ℓ_i of every training sample. Koh and Liang (2017), section 5.4.
     Raises `ValueError` for a solver without a written inverse, and as `influence_scores`."""
@@ -91,4 +119,4 @@ def self_influence(
             "use Woodbury(), EKFAC() or, for the last layer, Exact()"
         )
     start, prepare = perf_counter(), _last_layer_pieces if last_layer else _all_layer_pieces
-    return _self_scores(start, *prepare(model, loss, train, solver, forward, progress))
+    return _self_scores(start, *prepare(model, loss, train, solver, forward, progress, embeddings))

@@ -333,7 +333,7 @@ def inverse(
         c = torch.cholesky_solve(rows.forward(v).double(), factor).to(v.dtype)
         return (v - rows.backward(c)) / lam
 
-    return apply, f'{len(rows)} rows'
+    return apply, rows.note
 
 # %% ../../nbs/04_influence/05_solvers.ipynb #cbfbfe30
 @dataclass(frozen=True)

@@ -62,22 +62,31 @@ def _linear_calls(model, batch, forward):
 
 # %% ../../nbs/03_models/03_features.ipynb #ee7fff77
 def _classifier_call(model, batch, forward):
-    "(name, layer, input) of the linear layer that made the logits (None if there is none), and the logits"
+    "(name, layer, input) of the linear layer that made the logits, or those of every token, or None; and the logits"
     calls, logits = _linear_calls(model, batch, forward)
     for name, layer, features, output in reversed(calls):
         same_shape = output.shape == logits.shape
         if output is logits or (same_shape and torch.equal(output.to(logits.dtype), logits)):
             return (name, layer, features), logits
-    return None, logits
+    output = calls[-1][3] if calls else logits
+    by_token = output.ndim == 3 and output.shape[-1] == logits.shape[-1]
+    return calls[-1][:3] if by_token else None, logits
 
 # %% ../../nbs/03_models/03_features.ipynb #2b7fde84
 def _require_classifier(call, model):
     "`call` itself; ValueError unless it is a linear layer on features (b, d)"
     if call is not None and call[2].ndim == 2:
         return call
+    reason = (
+        f'model {type(model).__name__} does not end in an nn.Linear that maps features (b, d) to the logits'
+    )
+    if call is not None:
+        reason += (
+            f' (its {call[0]!r} gives logits of every token, and those of a sample are picked afterwards)'
+        )
     raise ValueError(
-        f"model {type(model).__name__} does not end in an nn.Linear that maps features (b, d) to the logits; "
-        "let its forward pass end with such a layer, or use scores that do not need one (last_layer=False)"
+        f"{reason}; let its forward pass end with such a layer, "
+        "or use scores that do not need one (last_layer=False)"
     )
 
 # %% ../../nbs/03_models/03_features.ipynb #03-models-028
