@@ -25,6 +25,8 @@ from .storage import Storage
 from .ssl_tasks import make_ssl_task, SSLTask
 from .task_data import task_data
 from .tasks import make_task, Task
+
+# %% ../../nbs/10_experiments/19_cli.ipynb #bf8495b0
 from ..foundation.core import atomic_write
 from ..reporting.html import html_report
 from ..reporting.image_plots import helpful_images

@@ -104,17 +104,13 @@ def kept_files(
     return names + [f'states/{p.name}' for p in states]
 
 # %% ../../nbs/12_gpu_queue/07_transfer.ipynb #afedd086
-RUN_SH = r'''#!/usr/bin/env bash
+_RECEIVE_SH = r'''#!/usr/bin/env bash
 # bash run.sh receive                    copy this part to where the queue lives
 # bash run.sh run --minutes 8 --packs D  after the last part: run the queue, and pack what goes home into D
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=${KD_AIF_QUEUE:-$HOME/kd_aif_queue}
-if [ "${1:-}" = receive ]; then
-  mkdir -p "$folder"
-  cmp -s "$here/content/parts.json" "$folder/parts.json" || rm -rf "$folder"/{packs-received,wheels,joined}
-  cp -r "$here"/content/. "$folder"/
-  shopt -s nullglob
+join_wheels() {  # pieces that have arrived
   for piece in "$here"/content/wheels/*.whl.??-of-??; do
     name=$(basename "${piece%.??-of-??}")
     pieces=("$folder/wheels/$name".??-of-??)
@@ -123,6 +119,18 @@ if [ "${1:-}" = receive ]; then
       cat "${pieces[@]}" >"$folder/joined/$name"
     fi
   done
+}
+'''
+
+# %% ../../nbs/12_gpu_queue/07_transfer.ipynb #865b54f7
+RUN_SH = (
+    _RECEIVE_SH
+    + r'''if [ "${1:-}" = receive ]; then
+  mkdir -p "$folder"
+  cmp -s "$here/content/parts.json" "$folder/parts.json" || rm -rf "$folder"/{packs-received,wheels,joined}
+  cp -r "$here"/content/. "$folder"/
+  shopt -s nullglob
+  join_wheels
   wheels=("$here"/content/wheels/*.whl "$folder"/joined/*.whl)
   if [ "${#wheels[@]}" -gt 0 ]; then
     options=(-q --no-index --no-deps --no-compile --upgrade)
@@ -138,6 +146,7 @@ options=(--folder "$folder" --records "$folder/records")
 if [ -d "$folder/data" ]; then options+=(--data "$folder/data"); fi
 exec python3 -c 'from kd_aif.gpu_queue.cli import kd_aif_queue; kd_aif_queue()' "$@" "${options[@]}"
 '''
+)
 
 # %% ../../nbs/12_gpu_queue/07_transfer.ipynb #8f4beaa6
 @dataclass(frozen=True)
