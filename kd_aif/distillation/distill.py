@@ -148,10 +148,7 @@ def open_session(
     check_settings(teacher, **config)
     config = _with_weighting(config)
     weighting, objective, training = config['weighting'], config['objective'], config['training']
-    include_validation = training.include_validation and weighting is not None
-    data = TrainingSet(train, val, include_validation, training.seed, model_device(student))
-    check_kind_of_labels(data, config)
-    test = _test_samples(test, data, objective, (student, teacher))
+    data, test = _read_once((student, teacher), train, val, test, config)
     n_classes = count_classes(student, data.samples.first, objective.forward)
     check_data(data, test, weighting, n_classes)
     check_networks(student, teacher, data.samples.first, objective, weighting)
@@ -164,13 +161,17 @@ def open_session(
     return Session(student, teacher, data, weights, config, _progress(config, data, student, teacher))
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #c9b1fc1a
-def _test_samples(test, data, objective, networks):
-    "What one pass over the test batches says; tokens of all sets fit the networks"
+def _read_once(networks, train, val, test, config):
+    "What trains, and the samples of the test set; labels are of one kind, tokens fit the networks"
+    training, objective = config['training'], config['objective']
+    include_validation = training.include_validation and config['weighting'] is not None
+    data = TrainingSet(train, val, include_validation, training.seed, model_device(networks[0]))
+    check_kind_of_labels(data, config)
     samples = None if test is None else read_samples('test', eval_view(test))
     if objective.forward is default_forward:
         sets = dict(train=data.samples, val=data.val_samples) | ({} if test is None else dict(test=samples))
         check_tokens(sets, *networks)
-    return samples
+    return data, samples
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #31c1bb49
 def _with_weighting(config):
