@@ -120,17 +120,20 @@ def text_classifier(
 
 # %% ../../nbs/03_models/04_text.ipynb #57cbb1e5
 class _quiet:
-    "No reports of `transformers` inside the block"
+    "No reports and bars of `transformers` inside the block"
 
     def __init__(self, transformers):
         self.logging = transformers.logging
 
     def __enter__(self):
-        self.level = self.logging.get_verbosity()
+        self.level, self.bars = self.logging.get_verbosity(), self.logging.is_progress_bar_enabled()
         self.logging.set_verbosity_error()
+        self.logging.disable_progress_bar()
 
     def __exit__(self, *error):
         self.logging.set_verbosity(self.level)
+        if self.bars:
+            self.logging.enable_progress_bar()
 
 # %% ../../nbs/03_models/04_text.ipynb #f4dc9b70
 def embeddings(
