@@ -7,7 +7,7 @@ __all__ = ['check_batch', 'Samples', 'read_samples', 'check_labels', 'check_batc
 
 # %% ../../nbs/02_data/08_training_set.ipynb #792baaf8
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from fastcore.basics import patch
@@ -22,7 +22,7 @@ def check_batch(
     batch: dict,  # one batch
 ) -> None:
     "Keys, types, lengths and finite values of one batch; raises `TypeError` or `ValueError`"
-    if not isinstance(batch, dict):
+    if not callable(getattr(batch, 'items', None)):
         raise TypeError(f"{name}: batches are {type(batch).__name__}; yield a dict with 'x', 'y' and 'index'")
     for key in ('index', 'y'):
         _check_column(name, batch, key)
@@ -32,15 +32,25 @@ def check_batch(
 
 # %% ../../nbs/02_data/08_training_set.ipynb #b1a013fe
 _label_types = torch.int64, torch.float32, torch.float64
+_other_names = dict(y=('labels', 'label'), index=('idx', 'id', 'indices'))
+
+
+def _missing(name, batch, key):
+    "The error for a batch without index or label"
+    others = [other for other in _other_names[key] if other in batch]
+    remedy = 'give every sample a stable integer index and a label'
+    if others:
+        remedy = (
+            f"rename {others[0]!r} to {key!r}, in the data set or in the batch (collators of transformers turn 'label' "
+            f"into 'labels', so rename it before), or use text_batches"
+        )
+    return ValueError(f"{name}: batches have no {key!r}, only {sorted(batch)}; {remedy}")
 
 # %% ../../nbs/02_data/08_training_set.ipynb #b6626444
 def _check_column(name, batch, key):
     "'index' and 'y' are there, and hold one number for each sample"
     if key not in batch:
-        raise ValueError(
-            f"{name}: batches have no {key!r}, only {sorted(batch)}; "
-            f"give every sample a stable integer index and a label"
-        )
+        raise _missing(name, batch, key)
     value, dtypes = batch[key], _label_types if key == 'y' else _label_types[:1]
     if not isinstance(value, Tensor) or value.dtype not in dtypes or value.ndim != 1:
         is_tensor = isinstance(value, Tensor)
@@ -75,6 +85,7 @@ class Samples:
     held_out: Tensor  # (n,) whether it is a validation sample
     sizes: list  # number of samples in each batch
     first: dict  # the first batch
+    tokens: dict = field(default_factory=dict)  # prefix of the keys -> largest token, most tokens of a text
 
     def __len__(self):
         return len(self.index)
@@ -86,6 +97,15 @@ def _all_labels(name, parts):
         raise ValueError(f"{name}: labels are {' and '.join(sorted(types))}; give all batches one type")
     return torch.cat(parts)
 
+# %% ../../nbs/02_data/08_training_set.ipynb #b057b2b6
+def _note_tokens(tokens, batch):
+    "Largest token and longest text so far, by the prefix of the keys"
+    for key, ids in batch.items():
+        prefix, name = key[: -len('input_ids')], key.rpartition('.')[2]
+        if name == 'input_ids' and isinstance(ids, Tensor) and ids.ndim == 2 and ids.numel():
+            largest, longest = tokens.get(prefix, (0, 0))
+            tokens[prefix] = max(largest, int(ids.max())), max(longest, ids.shape[1])
+
 # %% ../../nbs/02_data/08_training_set.ipynb #09263b7c
 def read_samples(
     name: str,  # how the argument is called in messages
@@ -96,17 +116,18 @@ def read_samples(
         raise TypeError(
             f"{name} is a generator, which can be read only once; give a list, a DataLoader or another re-iterable"
         )
-    index, y, held_out, first = [], [], [], None
+    index, y, held_out, first, tokens = [], [], [], None, {}
     for batch in batches:
         check_batch(name, batch)
-        first = batch if first is None else first
+        first = dict(batch.items()) if first is None else first
+        _note_tokens(tokens, batch)
         index.append(batch['index'].cpu())
         y.append(batch['y'].cpu())
         held_out.append(batch.get('held_out', torch.zeros(len(index[-1]), dtype=torch.bool)).cpu())
     sizes = [len(i) for i in index]
     if not sum(sizes):
         raise ValueError(f"{name} is empty; give at least one sample")
-    found = Samples(torch.cat(index), _all_labels(name, y), torch.cat(held_out), sizes, first)
+    found = Samples(torch.cat(index), _all_labels(name, y), torch.cat(held_out), sizes, first, tokens)
     _check_index(name, found)
     return found
 

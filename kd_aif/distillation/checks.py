@@ -13,13 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import nn, Tensor
 
-from ..data.training_set import check_batches, check_labels, TrainingSet
+from ..data.training_set import check_labels, Samples, TrainingSet
 from .captured_step import device_obstacle, loss_obstacle, weights_obstacle
 from .objective import Objective
 from .schedules import Every, MECHANISMS, OneShot, Online
 from .trainer import Training
 from .weighting import Fixed, Influence, Published, Reweighting
-from ..foundation.batches import model_device, eval_view, to_device
+from ..foundation.batches import model_device, to_device
 from ..foundation.core import evaluating
 from kd_aif.foundation.losses import (
     batch_cross_entropy,
@@ -310,7 +310,7 @@ def _auxiliary_values(loss, ours, theirs, batch):
 # %% ../../nbs/06_distillation/08_checks.ipynb #69b857f0
 def check_data(
     data: TrainingSet,  # what trains
-    test,  # test batches or None
+    test: Samples | None,  # what one pass over the test batches said, if there are any
     weighting,  # where weights come from
     n_classes: int,  # number of classes C
 ) -> None:
@@ -324,7 +324,7 @@ def check_data(
     check_labels('train', data.samples.y, n_classes)
     check_labels('val', data.val_samples.y, n_classes)
     if test is not None:
-        check_batches('test', eval_view(test), n_classes)
+        check_labels('test', test.y, n_classes)
     if isinstance(weighting, (Influence, Published)):
         stratified_folds(data.val_samples.y, getattr(weighting, 'folds', 2))
 

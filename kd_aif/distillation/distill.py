@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..data.training_set import TrainingSet
+from ..data.training_set import read_samples, TrainingSet
 from kd_aif.distillation.checks import (
     check_data,
     check_kind_of_labels,
@@ -26,9 +26,11 @@ from .result import Run
 from .run_weights import RunWeights
 from .schedules import Every, OneShot, Online
 from .session import BeforeEpochs, Session
+from .token_checks import check_tokens
 from .trainer import Training
 from .weighting import Fixed, Influence, Published, Reweighting, Weighting
-from ..foundation.batches import model_device
+from ..foundation.batches import eval_view, model_device
+from ..models.features import default_forward
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #19910407
 def plain_training(
@@ -146,9 +148,7 @@ def open_session(
     check_settings(teacher, **config)
     config = _with_weighting(config)
     weighting, objective, training = config['weighting'], config['objective'], config['training']
-    include_validation = training.include_validation and weighting is not None
-    data = TrainingSet(train, val, include_validation, training.seed, model_device(student))
-    check_kind_of_labels(data, config)
+    data, test = _read_once((student, teacher), train, val, test, config)
     n_classes = count_classes(student, data.samples.first, objective.forward)
     check_data(data, test, weighting, n_classes)
     check_networks(student, teacher, data.samples.first, objective, weighting)
@@ -159,6 +159,19 @@ def open_session(
     if isinstance(config['schedule'], Online):
         weights.online()
     return Session(student, teacher, data, weights, config, _progress(config, data, student, teacher))
+
+# %% ../../nbs/06_distillation/11_distill.ipynb #c9b1fc1a
+def _read_once(networks, train, val, test, config):
+    "What trains, and the samples of the test set; labels are of one kind, tokens fit the networks"
+    training, objective = config['training'], config['objective']
+    include_validation = training.include_validation and config['weighting'] is not None
+    data = TrainingSet(train, val, include_validation, training.seed, model_device(networks[0]))
+    check_kind_of_labels(data, config)
+    samples = None if test is None else read_samples('test', eval_view(test))
+    if objective.forward is default_forward:
+        sets = dict(train=data.samples, val=data.val_samples) | ({} if test is None else dict(test=samples))
+        check_tokens(sets, *networks)
+    return data, samples
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #31c1bb49
 def _with_weighting(config):

@@ -9,9 +9,11 @@ __all__ = ['Run', 'weight_metrics', 'final_metrics']
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pandas as pd
 from fastcore.basics import patch
 from torch import nn, Tensor
 
+from ..data.texts import TextData
 from .evaluation import agreement, evaluate, output_metrics, predict
 from .run_weights import RunWeights
 from ..foundation.batches import eval_view
@@ -75,6 +77,36 @@ def suspicious(
     if self.calibration is not None:
         order = order[self.calibration.probability[order].argsort(stable=True)]
     return self.index[order[:k]]
+
+# %% ../../nbs/06_distillation/09_result.ipynb #73a99b66
+def _text_row(data, place):
+    "Texts, one or two, and the given label of one sample, by the names of their columns"
+    text = (data.texts[place],) if isinstance(data.texts[place], str) else data.texts[place]
+    names = data.columns or (('text',) if len(text) == 1 else ('first', 'second'))
+    label = data.y[place].item()
+    return dict(zip(names, text)) | dict(label=data.classes[label] if data.classes else label)
+
+# %% ../../nbs/06_distillation/09_result.ipynb #56139965
+@patch
+def suspicious_texts(
+    self: Run,
+    data: TextData,  # what the run was trained on, such as `train.data` of `TextBatches`
+    k: int = 10,  # how many
+) -> pd.DataFrame:  # the most suspicious first: texts, given label, probability; the index is the stable one
+    """The texts whose labels are least likely to be good.
+    Raises `ValueError` for a run without scores, and where `data` lacks one of the texts"""
+    found, places = self.suspicious(k), {i: p for p, i in enumerate(data.index.tolist())}
+    if missing := [i for i in found.tolist() if i not in places]:
+        raise ValueError(
+            f"data has no text with index {missing[0]}; give the texts that the run was trained on"
+        )
+    table = pd.DataFrame([_text_row(data, places[i]) for i in found.tolist()], found.tolist())
+    values = self.scores.values.reshape(-1, len(self.index)).mean(0)
+    name, values = (
+        ('score', values) if self.calibration is None else ('probability', self.calibration.probability)
+    )
+    order = (found[:, None] == self.index).int().argmax(1)
+    return table.assign(**{name: values[order].tolist()})
 
 # %% ../../nbs/06_distillation/09_result.ipynb #f81b81b3
 def _number(name, value):

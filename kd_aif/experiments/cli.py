@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from fastcore.script import call_parse
 
+from ..data.glue import GLUE, load_glue
 from ..data.sources import DATASETS, load_images
 from .full_tier import full_tier_sections, in_full_tier, TITLES
 from .methods import run_task
@@ -24,11 +25,15 @@ from .storage import Storage
 from .ssl_tasks import make_ssl_task, SSLTask
 from .task_data import task_data
 from .tasks import make_task, Task
+
+# %% ../../nbs/10_experiments/19_cli.ipynb #bf8495b0
 from ..foundation.core import atomic_write
 from ..reporting.html import html_report
 from ..reporting.image_plots import helpful_images
+from ..reporting.labels import metric
 from ..reporting.methods import runnable_methods
 from ..reporting.record_files import load_records
+from ..reporting.records import headline_metric, headline_score
 from ..reporting.report import report_sections
 from ..reporting.summary import summary_table
 from ..reporting.weight_plots import strength_suffix
@@ -38,7 +43,7 @@ from ..reporting.weight_plots import strength_suffix
 class Runs:
     "What is run, and where the records go"
 
-    dataset: str = 'digits'  # data set: digits, cifar10, cifar100 or svhn
+    dataset: str = 'digits'  # data set: digits, cifar10, cifar100, svhn, or glue/mrpc and its like
     tier: str | None = None  # smoke, lite or full; default the smallest that the data set has
     method: str = 'kd_val,kd_aif_student,kd_aif_both'  # method, or several separated by commas
     seeds: int = 3  # number of seeds
@@ -79,15 +84,23 @@ _WEIGHT_WORDS = dict(clean_fraction='fraction of clean labels', true_clean_fract
 _LABEL_WORDS = dict(pseudo_accuracy='right pseudo-labels', confidence_auc='AUC of confidence')
 
 # %% ../../nbs/10_experiments/19_cli.ipynb #19-cli-013
+def _score_words(record):
+    "Such as 'test accuracy 91.20%', or 'test Matthews correlation 41.30'"
+    value, shown = headline_score(record), metric(headline_metric([record]), record.dataset['name'])
+    if value is None:
+        return f'{shown.label} –'
+    return f'{shown.label} {value:.2%}' if shown.unit == '%' else f'{shown.label} {shown.scale * value:.2f}'
+
+# %% ../../nbs/10_experiments/19_cli.ipynb #8183a30b
 def record_line(
     record,  # a `Record`
-) -> str:  # method, seed, test accuracy, seconds, and what weights or pseudo-labels were worth
+) -> str:  # method, seed, headline score, seconds, and what weights or pseudo-labels were worth
     "A record in one line"
     m, name = record.metrics, record.method + strength_suffix(record)
     words = (_WEIGHT_WORDS if 'clean_fraction' in m else {}) | _LABEL_WORDS
     found = [f'{words[k]} {m[k]:.3f}' for k in words if m.get(k) is not None]
     seconds = f'{sum(record.seconds.values()):6.1f} s'
-    head = f"{name:23s} seed {record.seed}  test accuracy {m['test_accuracy']:.2%}  {seconds}"
+    head = f'{name:23s} seed {record.seed}  {_score_words(record)}  {seconds}'
     return '  '.join([head, *found])
 
 # %% ../../nbs/10_experiments/19_cli.ipynb #19-cli-015
@@ -218,7 +231,7 @@ def kd_aif_report(
     with plain_errors():
         everything = load_records(records)
         full = [r for r in everything if in_full_tier(r)]
-        others = [r for r in everything if 'test_accuracy' in r.metrics and not in_full_tier(r)]
+        others = [r for r in everything if headline_score(r) is not None and not in_full_tier(r)]
         found = others + full
         if not found:
             raise ValueError(
@@ -232,17 +245,31 @@ def kd_aif_report(
         print(f'{len(found)} records: {page.resolve()}')
 
 # %% ../../nbs/10_experiments/19_cli.ipynb #19-cli-042
-def _data_line(name, folder):
+def _both_splits(name, folder, hub):
+    "Training and test set of a data set; tasks of texts come from the hub only if `hub`"
+    if name.startswith('glue/'):
+        options = dict(root=folder, progress=False, hub=hub)
+        return [load_glue(name.removeprefix('glue/'), split, **options) for split in ('train', 'test')]
+    return [load_images(name, split, folder) for split in ('train', 'test')]
+
+
+def _kind(data):
+    "What the samples and the labels are"
+    if not data.name.startswith('glue/'):
+        return f'images, {data.n_classes} classes'
+    texts = 'pairs of texts' if data.is_pair else 'texts'
+    return f'{texts}, {"labels are numbers" if data.is_regression else f"{data.n_classes} classes"}'
+
+# %% ../../nbs/10_experiments/19_cli.ipynb #2dd4a6b8
+def _data_line(name, folder, hub):
     "What is at hand of a data set"
     try:
-        sets = [load_images(name, split, folder) for split in ('train', 'test')]
+        sets = _both_splits(name, folder, hub)
     except OSError as e:
         return f'{name:9s} not at hand: {e}'
     sizes = ' and '.join(f'{len(s):,} {s.split}' for s in sets)
     note, fingerprint = sets[0].note, sets[0].fingerprint[:12]
-    return (
-        f'{name:9s} {sizes} images, {sets[0].n_classes} classes  {note}  fingerprint {fingerprint}'.rstrip()
-    )
+    return f'{name:9s} {sizes} {_kind(sets[0])}  {note}  fingerprint {fingerprint}'.rstrip()
 
 # %% ../../nbs/10_experiments/19_cli.ipynb #19-cli-044
 @call_parse
@@ -252,5 +279,6 @@ def kd_aif_data(
 ):
     "Load and decode data sets into the cache, and say what is there"
     with plain_errors():
-        for name in dataset.split(',') if dataset else DATASETS:
-            print(_data_line(name, data))
+        names = dataset.split(',') if dataset else [*DATASETS, *(f'glue/{task}' for task in GLUE)]
+        for name in names:
+            print(_data_line(name, data, hub=dataset is not None))

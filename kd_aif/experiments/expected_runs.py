@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from fastcore.basics import patch
 
+from ..data.glue import GLUE
 from ..reporting.labels import counted, percent
 
 # %% ../../nbs/10_experiments/17b_expected_runs.ipynb #9d7be6ef
@@ -55,6 +56,30 @@ _HUMAN = (
 )
 
 # %% ../../nbs/10_experiments/17b_expected_runs.ipynb #3246b28d
+_PATIENT_AND_LEARNING = 'pkd_skip', 'pkd_last', 'lgtm', 'metadistil'
+_TEXTS = (
+    *('ce', 'kd', 'kd_val', 'sigmoid_student', *_PATIENT_AND_LEARNING, 'small_loss_calibrated_both'),
+    *('kd_aif_student', 'kd_aif_both'),
+)
+_TEXTS_WITH_WRONG_LABELS = (*_TEXTS[:-2], 'random_student', *_TEXTS[-2:], 'oracle')
+_GLUE = dict(cola='', sst2='', mrpc='', stsb='', qnli='QNLI, partial', rte='', wnli='')  # task -> note
+_MINILM = 'minilm', 'minilm:0,2,4', 3
+
+
+def _glue_tables(task, note):
+    "The tables of one task: labels as given, and 30 % wrong"
+    title, kind = note or GLUE[task].title, 'shuffled' if GLUE[task].is_regression else 'asymmetric'
+    common = '23_glue', f'glue/{task}'
+    networks = 'minilm, 6 layers → 3 layers, 3 epochs'
+    wrong = f'{title}, {kind} label noise, 30 %, {networks}'
+    return (
+        ExpectedRuns(
+            *common, 'none', 0.0, *_MINILM, _TEXTS, _SEEDS, f'{title}, labels as given, {networks}', note
+        ),
+        ExpectedRuns(*common, kind, 0.3, *_MINILM, _TEXTS_WITH_WRONG_LABELS, _SEEDS, wrong, note),
+    )
+
+# %% ../../nbs/10_experiments/17b_expected_runs.ipynb #c098e1aa
 _FEW = ('none', 0.0, '', 'wrn_28_2', None, ('supervised', 'fixmatch', 'freematch', 'mpl', 'kd_aif_ssl'), (0,))
 _SCORED = 'resnet56', 'torchvision/mobilenet_v2'
 _WAYS = 'last_layer', 'woodbury', 'cg'
@@ -65,6 +90,7 @@ EXPECTED = (
     ExpectedRuns('21_cifar10_4k', 'cifar10', *_FEW, 'CIFAR-10, 4,000 labels, wrn_28_2'),
     ExpectedRuns('22_svhn_1k', 'svhn', *_FEW, 'SVHN, partial, 1,000 labels, wrn_28_2', 'SVHN, partial'),
     ExpectedRuns('24_human', 'cifar10', *_HUMAN),
+    *(table for task, note in _GLUE.items() for table in _glue_tables(task, note)),
     *(ExpectedRuns(*_SCORING, name, None, _WAYS, (0,), f'CIFAR-100, {name}') for name in _SCORED),
 )
 

@@ -31,7 +31,7 @@ def group_controls(
 def full_table(
     group: RunGroup,  # expected runs and records of one table
 ) -> SummaryTable:  # a row for each method that was run or expected
-    "Test accuracy of all methods of a group"
+    "Test accuracy of all methods of a group, or the score of a task of texts"
     title = f'{group.title}, tier full'
     return summary_table(
         list(group.records), group_controls(group), expected=group.expected.methods, title=title
@@ -103,7 +103,7 @@ class Comparison:
 
     method: str  # label of a method of ours
     other: str  # label of what it has to face
-    difference: PairedDifference  # of test accuracies, points
+    difference: PairedDifference  # of test accuracies, or of scores of texts, points
 
     def __str__(self):
         d = self.difference
@@ -141,6 +141,7 @@ _WORDS = (
 # %% ../../nbs/10_experiments/17c_full_tables.ipynb #8a3d4bfa
 def outcome_sentence(
     found,  # list of `Comparison`
+    measure: str = 'test accuracy',  # what is compared, in words
 ) -> str:  # one sentence, Markdown
     "What the comparisons say, the negative first"
     if not found:
@@ -151,7 +152,7 @@ def outcome_sentence(
     parts = [] if by_verdict[2] else [f'none of {len(found)} is {_WORDS[2]}']
     for v, own in by_verdict.items():
         parts += [f'{len(own)} of {len(found)} {_WORDS[v]}: {"; ".join(map(str, own))}'] if own else []
-    return f'**What came out** (differences in points of test accuracy): {". ".join(parts)}.'
+    return f'**What came out** (differences in points of {measure}): {". ".join(parts)}.'
 
 # %% ../../nbs/10_experiments/17c_full_tables.ipynb #9d9be205
 def _has_control(group):

@@ -35,6 +35,7 @@ TITLES = {
     '21_cifar10_4k': 'CIFAR-10 with 4,000 labels',
     '22_svhn_1k': 'SVHN, partial, with 1,000 labels',
     '24_human': 'CIFAR-10 with human labels',
+    '23_glue': 'GLUE',
     SCORING: 'Influence scores of CIFAR-100 at full size',
 }  # experiment -> heading
 
@@ -57,7 +58,9 @@ def _training_items(group, published):
     "The items of one table of accuracies"
     if not group.records:
         return [f'### {group.title}', not_run_line([group])]
-    found = [full_table(group), *_published_form(group), *_lines(group), outcome_sentence(comparisons(group))]
+    table = full_table(group)
+    outcome = outcome_sentence(comparisons(group), table.shown.label)
+    found = [table, *_published_form(group), *_lines(group), outcome]
     if any('n_labelled' in r.config for r in group.records):
         found += [
             'What the pseudo-labels were worth at the end:',

@@ -54,11 +54,11 @@ def setting_name(
 ) -> str:  # data, noise and networks
     "The setting of an entry as a part of its name"
     network = getattr(task, 'student', '') or getattr(task, 'network', '')
-    parts = [task.dataset, task.tier, network.replace('/', '-')]
+    parts = [task.dataset, task.tier, network]
     if getattr(task, 'noise', 'none') != 'none':
         parts.append(f'{task.noise}{task.rate}')
     length = getattr(task, 'epochs', None) or getattr(task, 'steps', None)
-    return '-'.join(map(str, [*parts, length]))
+    return re.sub(r'[^A-Za-z0-9_.+-]', '-', '-'.join(map(str, [*parts, length])))
 
 # %% ../../nbs/12_gpu_queue/02_entries.ipynb #1685d921
 TRAIN_ONLY = 'kd', 'dkd_train', 'lskd_train'  # distil from a teacher that has seen the training samples alone
@@ -119,15 +119,17 @@ def is_recorded_by(
 ) -> bool:  # False for a teacher
     "Whether this is the record of the entry"
     task, data = self.task, record.dataset
-    settings = _plain(dataclasses.asdict(task))
-    network = settings.get('student') or settings.get('network')
+    network = getattr(task, 'student', '') or getattr(task, 'network', '')
     ours = self.experiment, task.tier, self.method, task.seed, task.dataset, network
     theirs = record.experiment, record.tier, record.method, record.seed, data['name'], record.student
+    if ours != theirs:
+        return False
+    settings = _plain(dataclasses.asdict(task))
     noise = data.get('noise') or {}
     kind, rate = noise.get('kind', 'none'), noise.get('rate', 0.0)
     same_noise = (kind, rate) == (settings.get('noise', 'none'), settings.get('rate', 0.0))
     config = all(settings[k] == v for k, v in record.config.items() if k in settings)
-    return ours == theirs and same_noise and config
+    return same_noise and config
 
 # %% ../../nbs/12_gpu_queue/02_entries.ipynb #8e9b9e1e
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ BLOCKS = (
     Block('a. CIFAR-100, wrn_40_2 → wrn_16_2', ('20_cifar100',), ('wrn_16_2',)),
     Block('a. CIFAR-100, resnet32x4 → resnet8x4', ('20_cifar100',), ('resnet8x4',)),
     Block('b. CIFAR-10 with human labels', ('24_human',)),
+    Block('c. GLUE, six layers → three', ('23_glue',)),
     Block('d. few labels', ('21_cifar10_4k', '22_svhn_1k')),
     Block('e. influence of 50,000 images', ('25_full_size',)),
 )

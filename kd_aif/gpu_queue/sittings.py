@@ -341,13 +341,13 @@ def _row(progress, entry):
     "The row of one entry"
     outcome = progress.outcomes.get(entry.name, Outcome(entry.name, 'waiting', 0, 0.0))
     epochs = f'{epochs_done(progress.sitting, entry.name, progress.start)} of {expected_epochs(entry)}'
-    accuracy = '–' if outcome.accuracy is None else f'{outcome.accuracy:.2%}'
+    score = '–' if outcome.score is None else f'{100 * outcome.score:.2f}'
     return [
         entry.name,
         outcome.state,
         epochs,
         f'{outcome.seconds:.0f}',
-        accuracy,
+        score,
         ' '.join(outcome.message.split())[:250].replace('|', '/'),
     ]
 
@@ -356,7 +356,7 @@ def _row(progress, entry):
 def table(self: Progress) -> str:  # Markdown
     "Entries that were worked on in this sitting, and how many wait"
     rows = [_row(self, e) for e in self.entries if e.name in self.outcomes]
-    header = ['entry', 'state', 'epochs now', 'seconds', 'test accuracy', 'message']
+    header = ['entry', 'state', 'epochs now', 'seconds', 'score × 100', 'message']
     waiting = [e for e in self.entries if e.name not in self.outcomes and e.name not in self.done]
     states = [o.state for o in self.outcomes.values()]
     counts = ', '.join(f'{states.count(s)} {s}' for s in ('done', 'stopped', 'failed'))

@@ -13,9 +13,11 @@ import shutil
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import kd_aif
+from ..data.glue import glue_task, official_split
 from ..experiments.storage import run_name
 from ..foundation.core import atomic_write
 from .estimates import estimate, measured_rate, read_sitting, SITTINGS
@@ -64,6 +66,11 @@ def write_shards(
     return paths
 
 # %% ../../nbs/12_gpu_queue/07_transfer.ipynb #ccb114ee
+def _split_of_files(name, split):
+    "The split as the names of the files have it"
+    return official_split(glue_task(name.removeprefix('glue/')), split) if name.startswith('glue/') else split
+
+
 def stage_data(
     entries,  # of `Entry` that are going to be run
     data: str | Path,  # folder of the data sets
@@ -72,7 +79,7 @@ def stage_data(
     "Put the data of some entries into small files"
     names = dict.fromkeys(e.task.dataset for e in entries if e.task.dataset != 'digits')
     for name in names:
-        for split in ('train', 'test'):
+        for split in map(partial(_split_of_files, name), ('train', 'test')):
             files = sorted(Path(data, name).glob(f'{split}-*.parquet'))
             if not files:
                 raise FileNotFoundError(
@@ -97,19 +104,38 @@ def kept_files(
     return names + [f'states/{p.name}' for p in states]
 
 # %% ../../nbs/12_gpu_queue/07_transfer.ipynb #afedd086
-RUN_SH = r'''#!/usr/bin/env bash
+_RECEIVE_SH = r'''#!/usr/bin/env bash
 # bash run.sh receive                    copy this part to where the queue lives
 # bash run.sh run --minutes 8 --packs D  after the last part: run the queue, and pack what goes home into D
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=${KD_AIF_QUEUE:-$HOME/kd_aif_queue}
-if [ "${1:-}" = receive ]; then
+join_wheels() {  # pieces that have arrived
+  for piece in "$here"/content/wheels/*.whl.??-of-??; do
+    name=$(basename "${piece%.??-of-??}")
+    pieces=("$folder/wheels/$name".??-of-??)
+    if [ "${#pieces[@]}" -eq "$((10#${piece##*-of-}))" ]; then
+      mkdir -p "$folder/joined"
+      cat "${pieces[@]}" >"$folder/joined/$name"
+    fi
+  done
+}
+'''
+
+# %% ../../nbs/12_gpu_queue/07_transfer.ipynb #865b54f7
+RUN_SH = (
+    _RECEIVE_SH
+    + r'''if [ "${1:-}" = receive ]; then
   mkdir -p "$folder"
-  cmp -s "$here/content/parts.json" "$folder/parts.json" || rm -f "$folder/packs-received"
+  cmp -s "$here/content/parts.json" "$folder/parts.json" || rm -rf "$folder"/{packs-received,wheels,joined}
   cp -r "$here"/content/. "$folder"/
-  if compgen -G "$here/content/wheels/*.whl" >/dev/null; then
+  shopt -s nullglob
+  join_wheels
+  wheels=("$here"/content/wheels/*.whl "$folder"/joined/*.whl)
+  if [ "${#wheels[@]}" -gt 0 ]; then
     options=(-q --no-index --no-deps --no-compile --upgrade)
-    python3 -m pip install "${options[@]}" --target "$folder/site" "$here"/content/wheels/*.whl
+    python3 -m pip install "${options[@]}" --target "$folder/site" "${wheels[@]}"
+    rm -rf "$folder/joined"
   fi
   exit
 fi
@@ -120,6 +146,7 @@ options=(--folder "$folder" --records "$folder/records")
 if [ -d "$folder/data" ]; then options+=(--data "$folder/data"); fi
 exec python3 -c 'from kd_aif.gpu_queue.cli import kd_aif_queue; kd_aif_queue()' "$@" "${options[@]}"
 '''
+)
 
 # %% ../../nbs/12_gpu_queue/07_transfer.ipynb #8f4beaa6
 @dataclass(frozen=True)
@@ -163,6 +190,21 @@ def _stage_code(settings, folder):
         for path in wheels:
             shutil.copy(path, Path(folder, 'wheels'))
 
+# %% ../../nbs/12_gpu_queue/07_transfer.ipynb #6f64a653
+def _cut_wheels(stage, part_bytes):
+    "Cut wheels that no part has room for into pieces NAME.whl.00-of-02, NAME.whl.01-of-02, …"
+    most = 9 * part_bytes // 10
+    for path in sorted(stage.glob('wheels/*.whl')):
+        n = -(-path.stat().st_size // most)
+        if n < 2:
+            continue
+        if n > 99:
+            raise ValueError(f"{path.name} would need {n} parts; give more --megabytes")
+        with open(path, 'rb') as f:
+            for i in range(n):
+                path.with_name(f'{path.name}.{i:02}-of-{n:02}').write_bytes(f.read(most))
+        path.unlink()
+
 # %% ../../nbs/12_gpu_queue/07_transfer.ipynb #cce49a7a
 def _assign(sizes, part_bytes):
     "(list of names) for each part"
@@ -184,6 +226,7 @@ def _assign(sizes, part_bytes):
 # %% ../../nbs/12_gpu_queue/07_transfer.ipynb #e176925e
 def _write_parts(stage, out, part_bytes):
     "Move the files of the stage into parts"
+    _cut_wheels(stage, part_bytes)
     files = [p for p in stage.rglob('*') if p.is_file()]
     files.sort(key=lambda p: (p.relative_to(stage).parts[0] not in ('code', 'known.json'), str(p)))
     sizes = {p.relative_to(stage).as_posix(): p.stat().st_size for p in files}

@@ -24,6 +24,7 @@ from ..experiments.storage import Storage, TRAINING_VERSION
 from ..foundation.core import atomic_write
 from .entries import Entry, Places
 from .queues import queue_entries
+from ..reporting.records import headline_score
 
 # %% ../../nbs/12_gpu_queue/05_workers.ipynb #72c88692
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Outcome:
     state: str  # 'done', 'stopped' (a state is kept) or 'failed'
     epochs: int  # or blocks of steps, in this sitting
     seconds: float  # in this sitting, imports left out
-    accuracy: float | None = None  # of the student, on the test set
+    score: float | None = None  # of the student, on the test set, see `headline_score`
     message: str = ''  # of the error, or why it stopped
 
 # %% ../../nbs/12_gpu_queue/05_workers.ipynb #3195768f
@@ -99,16 +100,16 @@ def work(
     "Do the work of an entry until it is done or time is up"
     watch = Watch(sitting, log_path(sitting, entry.name))
     start = time.monotonic()
-    state, accuracy, message = 'done', None, ''
+    state, score, message = 'done', None, ''
     try:
         record = entry.run(sitting.places(watch))
-        accuracy = None if record is None else record.metrics.get('test_accuracy')
+        score = None if record is None else headline_score(record)
     except Stopped:
         state = 'stopped'
     except Exception as e:  # of any kind: the next entry may be well
         state, message = 'failed', f'{type(e).__name__}: {e}'
         traceback.print_exc()
-    return Outcome(entry.name, state, watch.epochs, time.monotonic() - start, accuracy, message)
+    return Outcome(entry.name, state, watch.epochs, time.monotonic() - start, score, message)
 
 # %% ../../nbs/12_gpu_queue/05_workers.ipynb #6f5f97d3
 def log_path(

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ..foundation.core import check_whole, generator
@@ -63,13 +64,18 @@ def load_tokenizer(
     name: str,  # as for `text_classifier`; layers do not matter
 ):  # a tokeniser of `transformers`
     "The tokeniser of a network. Raises `ValueError` where none can be loaded"
-    transformers, path = _extra('transformers'), text_model_path(split_layers(name)[0])
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _not_loaded('tokeniser', name, error) from error
+    return _loaded(_extra('transformers').AutoTokenizer, 'tokeniser', name)
 
 # %% ../../nbs/03_models/04_text.ipynb #ffe20fbc
+def _loaded(kind, what, name, **options):
+    "What `kind.from_pretrained` gives; ValueError for something that cannot be loaded"
+    path = text_model_path(split_layers(name)[0])
+    try:
+        return kind.from_pretrained(path, trust_remote_code=False, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _not_loaded(what, name, error) from error
+
+
 def _not_loaded(what, name, error):
     "The error for something that cannot be loaded"
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -100,16 +106,13 @@ def text_classifier(
     number of labels, or that lacks a layer that is asked for"""
     check_whole('n_classes', n_classes)
     transformers, (base, layers) = _extra('transformers'), split_layers(name)
-    path = text_model_path(base)
-    options = dict(num_labels=n_classes, trust_remote_code=False, ignore_mismatched_sizes=new_classifier)
-    try:
-        _check_labels(transformers.AutoConfig.from_pretrained(path), base, n_classes, new_classifier)
-        with _quiet(transformers), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(generator(seed, 'initial weights', base).initial_seed())
-            load = transformers.AutoModelForSequenceClassification.from_pretrained
-            model = load(path, attn_implementation='eager', use_safetensors=True, **options)
-    except OSError as error:
-        raise _not_loaded('weights', name, error) from error
+    config = _loaded(transformers.AutoConfig, 'configuration', name)
+    _check_labels(config, base, n_classes, new_classifier)
+    options = dict(num_labels=n_classes, ignore_mismatched_sizes=new_classifier)
+    options |= dict(attn_implementation='eager', use_safetensors=True)
+    with _quiet(transformers), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator(seed, 'initial weights', base).initial_seed())
+        model = _loaded(transformers.AutoModelForSequenceClassification, 'weights', name, **options)
     model = model if layers is None else keep_layers(model, layers)
     for table in embeddings(model):
         table.requires_grad_(train_embeddings)
@@ -117,17 +120,20 @@ def text_classifier(
 
 # %% ../../nbs/03_models/04_text.ipynb #57cbb1e5
 class _quiet:
-    "No reports of `transformers` inside the block"
+    "No reports and bars of `transformers` inside the block"
 
     def __init__(self, transformers):
         self.logging = transformers.logging
 
     def __enter__(self):
-        self.level = self.logging.get_verbosity()
+        self.level, self.bars = self.logging.get_verbosity(), self.logging.is_progress_bar_enabled()
         self.logging.set_verbosity_error()
+        self.logging.disable_progress_bar()
 
     def __exit__(self, *error):
         self.logging.set_verbosity(self.level)
+        if self.bars:
+            self.logging.enable_progress_bar()
 
 # %% ../../nbs/03_models/04_text.ipynb #f4dc9b70
 def embeddings(

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .figures import GREY, method_colours, new_figure, panel
-from .labels import metric as metric_named
 from .labels import percent
 from .methods import method_label
 from .paired import paired_difference
@@ -46,7 +45,7 @@ def _connect_seeds(ax, values):
 # %% ../../nbs/09_reporting/12_accuracy_plots.ipynb #efce43c2
 def accuracy_bars(
     records,  # list of `Record` of one setting (see `group_records`)
-    metric: str = 'test_accuracy',  # a metric that is a fraction in 0..1
+    metric: str = None,  # a metric that is a fraction in 0..1; default the headline metric
     expected=(),  # short names of methods that get a row even without a run
     level: float = 0.95,  # of the interval of the mean
     ax: Axes = None,  # where to draw; default a new figure
@@ -54,7 +53,8 @@ def accuracy_bars(
     """One row per method: runs as dots, connected by seed, the mean and its interval.
 
     Raises ValueError if settings are mixed."""
-    rows = summary_table(records, controls=(), metric=metric, expected=expected).rows
+    table = summary_table(records, controls=(), metric=metric, expected=expected)
+    rows, shown = table.rows, table.shown
     ax, colours = panel(ax, (7, 0.9 + 0.5 * len(rows))), method_colours([r['method'] for r in rows])
     values = [r['values'] for r in rows]
     _connect_seeds(ax, values)
@@ -63,14 +63,15 @@ def accuracy_bars(
             mean = paired_difference(v, dict.fromkeys(v, 0.0), level)
             _draw_row(ax, i, mean, v, colours[r['method']])
     _label_rows(ax, rows, {i: '–' if r['runs'] else 'not run' for i, r in enumerate(rows) if not values[i]})
-    ax.set_xlabel(f'{metric_named(metric).label} (%): each run, mean and {percent(level)} interval')
+    unit = f' ({shown.unit})' if shown.scale == 100 else ''
+    ax.set_xlabel(f'{shown.label}{unit}: each run, mean and {percent(level)} interval')
     return ax
 
 # %% ../../nbs/09_reporting/12_accuracy_plots.ipynb #91c849d1
 def difference_bars(
     records,  # list of `Record` of one setting
     control: str = 'kd_val',  # short name of the method that is subtracted
-    metric: str = 'test_accuracy',  # a metric that is a fraction in 0..1
+    metric: str = None,  # a metric that is a fraction in 0..1; default the headline metric
     expected=(),  # short names of methods that get a row even without a run
     level: float = 0.95,  # of the interval of the mean difference
     ax: Axes = None,  # where to draw; default a new figure
@@ -88,7 +89,7 @@ def difference_bars(
             _draw_row(ax, i, d['paired'], d['by_seed'], colours[r['method']])
     _label_rows(ax, rows, {i: d['text'] for i, d in enumerate(found) if not d['paired'].n})
     ax.set_xlabel(
-        f'{metric_named(metric).label} minus that of {method_label(control)} (points), {percent(level)} interval'
+        f'{table.shown.label} minus that of {method_label(control)} (points), {percent(level)} interval'
     )
     return ax
 
@@ -96,7 +97,7 @@ def difference_bars(
 def accuracy_figure(
     records,  # list of `Record` of one setting
     controls=('kd_val', 'kd'),  # the differences are to the first of these that was run
-    metric: str = 'test_accuracy',  # a metric that is a fraction in 0..1
+    metric: str = None,  # a metric that is a fraction in 0..1; default the headline metric
     expected=(),  # short names of methods that get a row even without a run
 ) -> Figure:  # not registered with pyplot
     "`accuracy_bars` above `difference_bars` in one figure. Raises ValueError if settings are mixed."

@@ -10,7 +10,7 @@ import json
 
 from .labels import settings_label
 from .methods import method_label, method_order
-from .records import group_records, setting_of
+from .records import group_records, headline_metric, setting_of
 
 # %% ../../nbs/09_reporting/08_forms.ipynb #ed551248
 def _flat(d, prefix=''):
@@ -86,12 +86,12 @@ def variants(
 # %% ../../nbs/09_reporting/08_forms.ipynb #ab311875
 def metric_by_seed(
     records,  # records of one form of one method
-    metric: str = 'test_accuracy',  # name of a metric that is a single number
+    metric: str = None,  # name of a metric that is a single number; default the headline metric
 ) -> dict:  # seed -> value; runs without that metric are left out
     """One metric of several runs, by seed.
 
     Raises ValueError if two runs share a seed, TypeError if the metric is not a number."""
-    out = {}
+    out, metric = {}, metric or headline_metric(records)
     for r in records:
         v = r.metrics.get(metric)
         if isinstance(v, (list, dict, str, bool)):

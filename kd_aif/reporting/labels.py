@@ -11,6 +11,8 @@ import math
 import statistics
 from dataclasses import dataclass
 
+from ..data.glue import GLUE
+
 # %% ../../nbs/09_reporting/03_labels.ipynb #ca0a6268
 def percent(
     fraction: float,  # 0 to 1
@@ -99,8 +101,11 @@ DATA_SETTINGS = {
     'imbalance': lambda v: 'balanced classes' if v == 1 else f'imbalance ratio {_value(v)}',
     'val_rate': lambda v: f'validation labels {percent(v)} wrong' if v else 'validation labels right',
     'val_shift': lambda v: f'validation images {percent(v)} shifted' if v else 'validation images unshifted',
-    'n_train': _images('training'),
-    'n_val': _images('validation'),
+    'n_train': lambda v: 'all training samples' if v is None else f'{v:,} training samples',
+    'n_val': lambda v: f'{v:,} validation samples',
+    'n_test': lambda v: f'{v:,} test samples',
+    'max_length': lambda v: f'at most {v:,} tokens',
+    'freeze_embeddings': lambda v: 'embeddings as they were' if v else 'embeddings trained',
     'n_labelled': _images('labelled'),
     'n_unlabelled': _images('unlabelled'),
     'label': lambda v: (
@@ -164,17 +169,17 @@ class Metric:
     "How a number of a record is shown."
 
     label: str  # words for headings
-    unit: str = ''  # '%' for fractions that are shown in percent, 'p' for p-values, '' for other numbers
+    unit: str = ''  # '%' for fractions, '× 100' for other scores in points, 'p' for p-values, '' for the rest
 
     @property
-    def scale(self) -> int:  # 100 for what is shown in percent, else 1
+    def scale(self) -> int:  # 100 for what is shown in percent or in points, else 1
         "Factor between the record and the table."
-        return 100 if self.unit == '%' else 1
+        return 100 if self.unit in ('%', '× 100') else 1
 
     @property
     def heading(self) -> str:  # with the unit behind it
         "Words for the head of a column."
-        return f'{self.label}, %' if self.unit == '%' else self.label
+        return f'{self.label}, {self.unit}' if self.scale == 100 else self.label
 
 # %% ../../nbs/09_reporting/03_labels.ipynb #72da06c9
 METRICS = {
@@ -193,9 +198,27 @@ METRICS = {
     'class_weight_ratio': Metric('largest over smallest class weight'),
 }
 
+# %% ../../nbs/09_reporting/03_labels.ipynb #5ca578a9
+_MEASURES = dict(accuracy='accuracy', f1='F1', matthews='Matthews', pearson='Pearson', spearman='Spearman')
+
+
+def _score(name, dataset):
+    "The headline score of a task of GLUE; that of another data set has no other name"
+    split = name.removesuffix('score').replace('_', ' ')
+    measures = GLUE[dataset.removeprefix('glue/')].metrics if dataset.removeprefix('glue/') in GLUE else ()
+    if measures == ('accuracy',):
+        return Metric(f'{split}accuracy', '%')
+    words = ' and '.join(_MEASURES[m] for m in measures)
+    correlation = ' correlation' if measures and 'accuracy' not in measures else ''
+    mean = 'mean of ' if len(measures) > 1 else ''
+    return Metric(f'{split}{mean}{words}{correlation}' if measures else f'{split}score', '× 100')
+
 # %% ../../nbs/09_reporting/03_labels.ipynb #fd0d4ecc
 def metric(
     name: str,  # name of a metric, as in records
+    dataset: str = '',  # name of the data set, which says what a score is made of
 ) -> Metric:  # its own words if it is not known
     "How the metric of that name is shown."
+    if name in ('test_score', 'teacher_test_score'):
+        return _score(name, dataset)
     return METRICS.get(name) or Metric(name.replace('_', ' '))

@@ -15,10 +15,11 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .forms import matching_records, method_forms, metric_by_seed, one_setting, variants
-from .labels import metric, percent
+from .labels import Metric, percent
+from .labels import metric as metric_named
 from .methods import method_label
 from .paired import paired_difference
-from .records import markdown_table
+from .records import headline_metric, markdown_table
 
 # %% ../../nbs/09_reporting/09_summary.ipynb #f4f6ab26
 def _why_none(form, several, match, control, by_method):
@@ -30,12 +31,11 @@ def _why_none(form, several, match, control, by_method):
     return 'other settings' if form and control in by_method else 'not run'
 
 # %% ../../nbs/09_reporting/09_summary.ipynb #9cdebb35
-def _difference(row, form, control, by_method, metric_name, level):
+def _difference(row, form, control, by_method, values_of, level):
     "The comparison of one row with one control; its cell says why if there is none."
     match = matching_records(form, by_method[row['method']], by_method.get(control, [])) if form else []
-    several, scale = len(variants(match)) > 1, metric(metric_name).scale
-    values = {} if several else metric_by_seed(match, metric_name)
-    base = {seed: v * scale for seed, v in values.items()}
+    several = len(variants(match)) > 1
+    base = {} if several else values_of(match)
     d = paired_difference(row['values'], base, level)
     text = str(d) if d.n else _why_none(form, several, match, control, by_method)
     if control == row['method'] and form:
@@ -50,10 +50,8 @@ def _run_seconds(record):
     return record.seconds.get('total', sum(known))
 
 # %% ../../nbs/09_reporting/09_summary.ipynb #386f5efd
-def _row(label, method, form, metric_name):
-    "One row without its differences as a dict; `form` are its records."
-    scale = metric(metric_name).scale
-    values = {seed: v * scale for seed, v in metric_by_seed(form, metric_name).items()}
+def _row(label, method, form, values):
+    "One row without its differences as a dict; `form` are its records, `values` theirs by seed."
     v, seconds = [*values.values()], [_run_seconds(r) for r in form if r.seconds]
     return dict(
         label=label,
@@ -76,15 +74,25 @@ class SummaryTable:
     metric: str  # name of the metric
     controls: tuple  # short names of the methods that differences are taken to
     level: float  # of the intervals
+    shown: Metric = Metric('test accuracy', '%')  # how the metric is shown
 
     def __str__(self):
         return self.text.to_string(index=False) + '\n' + self.caption
+
+# %% ../../nbs/09_reporting/09_summary.ipynb #aff16a8b
+def _values_of(metric, shown):
+    "values_of(records of one form) -> seed -> value as it is shown"
+
+    def values_of(form):
+        return {seed: v * shown.scale for seed, v in metric_by_seed(form, metric).items()}
+
+    return values_of
 
 # %% ../../nbs/09_reporting/09_summary.ipynb #01-records-045
 def summary_table(
     records,  # list of `Record`, all of one setting (see `group_records`)
     controls=('kd', 'kd_val'),  # short names of the methods to take paired differences to
-    metric: str = 'test_accuracy',  # a metric that is a single number; fractions are shown in percent
+    metric: str = None,  # a metric that is a single number; default the accuracy, of texts the score of the task
     expected=(),  # methods that get a row even without a run: it says 'not run'
     level: float = 0.95,  # of the intervals
     title: str = None,  # heading of the caption; default the setting in words
@@ -97,20 +105,22 @@ def summary_table(
         raise ValueError('records is empty: pass at least one record, or the names of expected methods')
     for r in records:
         by_method.setdefault(r.method, []).append(r)
+    metric = metric or headline_metric(records)
+    shown = metric_named(metric, setting.dataset if setting else '')
+    values_of = _values_of(metric, shown)
     for label, method, form in forms:
-        row = _row(label, method, form, metric)
-        row['differences'] = {c: _difference(row, form, c, by_method, metric, level) for c in controls}
+        row = _row(label, method, form, values_of(form))
+        row['differences'] = {c: _difference(row, form, c, by_method, values_of, level) for c in controls}
         rows.append(row)
-    return SummaryTable(
-        rows, title or (setting.title if setting else 'no runs'), metric, tuple(controls), level
-    )
+    title = title or (setting.title if setting else 'no runs')
+    return SummaryTable(rows, title, metric, tuple(controls), level, shown)
 
 # %% ../../nbs/09_reporting/09_summary.ipynb #f3ba34fe
 def _header(table):
     "Column headings of a summary table."
-    points = ', points' if metric(table.metric).unit == '%' else ''
+    points = ', points' if table.shown.scale == 100 else ''
     differences = [f'minus {method_label(c)}{points}' for c in table.controls]
-    return ['method', metric(table.metric).heading, 'seeds', *differences, 'seconds']
+    return ['method', table.shown.heading, 'seeds', *differences, 'seconds']
 
 # %% ../../nbs/09_reporting/09_summary.ipynb #76065622
 def _mean(row):
@@ -138,8 +148,8 @@ def text(self: SummaryTable) -> pd.DataFrame:  # strings
 @patch(as_prop=True)
 def caption(self: SummaryTable) -> str:  # one paragraph
     "What the columns mean."
-    shown = metric(self.metric)
-    unit = 'points' if shown.unit == '%' else 'the unit of the metric'
+    shown = self.shown
+    unit = 'points' if shown.scale == 100 else 'the unit of the metric'
     return (
         f"{self.title}. {shown.label[:1].upper()}{shown.label[1:]}: mean ± standard deviation over seeds. "
         f"Differences in {unit}, paired by seed, with Student's {percent(self.level)} interval; "

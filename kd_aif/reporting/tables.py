@@ -12,7 +12,7 @@ import pandas as pd
 
 from .forms import method_forms, metric_by_seed, one_setting
 from .labels import metric, p_value_text
-from .records import markdown_table
+from .records import headline_metric, markdown_table
 
 # %% ../../nbs/09_reporting/10_tables.ipynb #83b2e250
 def mean_std(
@@ -32,27 +32,28 @@ def _metric_cell(name, records):
     "One metric of one form as text."
     if not records:
         return 'not run'
-    shown, values = metric(name), metric_by_seed(records, name).values()
+    shown = metric(name, records[0].dataset['name'])
+    values = metric_by_seed(records, name).values()
     if shown.unit == 'p':
         return p_value_text(*values)
-    return mean_std(values, shown.scale, 2 if shown.unit == '%' else 3)
+    return mean_std(values, shown.scale, 2 if shown.scale == 100 else 3)
 
 # %% ../../nbs/09_reporting/10_tables.ipynb #40655693
-WEIGHT_METRICS = tuple(
-    'teacher_test_accuracy true_clean_fraction clean_fraction weight_auc effective_sample_size'.split()
-)  # what weights were worth
+WEIGHT_METRICS = 'true_clean_fraction', 'clean_fraction', 'weight_auc', 'effective_sample_size'
 
 # %% ../../nbs/09_reporting/10_tables.ipynb #9816c164
 def metrics_table(
     records,  # list of `Record`, all of one setting
-    metrics=WEIGHT_METRICS,  # names of metrics, or dict of name -> heading
+    metrics=None,  # names of metrics, or dict of name -> heading; default the teacher's score and `WEIGHT_METRICS`
     expected=(),  # short names of methods that get a row even without a run
 ) -> pd.DataFrame:  # of strings, one row per method and form; '–' where no run has the metric
     """Several metrics side by side, mean ± std over seeds, fractions in percent.
 
     Raises ValueError if settings are mixed."""
-    one_setting(records)
-    headings = metrics if isinstance(metrics, dict) else {m: metric(m).heading for m in metrics}
+    setting = one_setting(records)
+    metrics = metrics or (f'teacher_{headline_metric(records)}', *WEIGHT_METRICS)
+    dataset = setting.dataset if setting else ''
+    headings = metrics if isinstance(metrics, dict) else {m: metric(m, dataset).heading for m in metrics}
     rows = []
     for label, _, form in method_forms(records, expected):
         rows.append([label, *(_metric_cell(m, form) for m in headings)])

