@@ -53,6 +53,8 @@ _cola = GlueTask(
 _sst2 = GlueTask(
     'SST-2', 'sst2', ('sentence',), ('negative', 'positive'), ('accuracy',), dict(train=67_349, test=872)
 )
+
+# %% ../../nbs/02_data/11_glue.ipynb #e9210e2a
 _mrpc = GlueTask(
     'MRPC', 'mrpc', _pair, ('not_equivalent', 'equivalent'), ('accuracy', 'f1'), dict(train=3_668, test=408)
 )

@@ -20,7 +20,7 @@ def vocabulary_size(
 # %% ../../nbs/06_distillation/08b_token_checks.ipynb #b4c9475d
 _POSITION_TABLES = 'position_embeddings', 'embed_positions', 'wpe'
 
-
+# %% ../../nbs/06_distillation/08b_token_checks.ipynb #d53c055a
 def position_count(
     model: nn.Module,  # of `transformers`
 ) -> int | None:  # None where there is no table of positions

@@ -51,6 +51,8 @@ def train_with_learning_teacher(
 # %% ../../nbs/10_experiments/11b_text_methods.ipynb #5ae07e12
 _PATIENT = dict(family='feature', settings=(*DISTILLED, 'extra_weight'))
 _LEARNING = dict(family='online', settings=DISTILLED)
+
+# %% ../../nbs/10_experiments/11b_text_methods.ipynb #7ef47569
 _lgtm = partial(train_with_learning_teacher, make=LGTM, ratio=0.6)
 _metadistil = partial(train_with_learning_teacher, make=MetaDistil, ratio=0.1)
 

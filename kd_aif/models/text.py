@@ -75,7 +75,7 @@ def _loaded(kind, what, name, **options):
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(what, name, error) from error
 
-
+# %% ../../nbs/03_models/04_text.ipynb #814ad9b4
 def _not_loaded(what, name, error):
     "The error for something that cannot be loaded"
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

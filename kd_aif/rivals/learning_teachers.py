@@ -89,7 +89,7 @@ def _after_virtual_step(lesson, teacher_logits):
     }
     return moved, logits.detach()
 
-
+# %% ../../nbs/07_rivals/17_learning_teachers.ipynb #64a5f22b
 def _validation_gradient(lesson, parameters):
     "v by name; zero for a parameter that has no part in the loss"
     val_loss = lesson.val_loss or lesson.objective.label_loss
@@ -101,7 +101,7 @@ def _validation_gradient(lesson, parameters):
 # %% ../../nbs/07_rivals/17_learning_teachers.ipynb #a2943e22
 RADIUS = 0.01  # ‖εv‖, as in DARTS
 
-
+# %% ../../nbs/07_rivals/17_learning_teachers.ipynb #287eeefc
 @torch.no_grad()
 def _both_sides(lesson, gradient):
     "The student's logits at θ + εv and θ − εv, and η/2ε; ε is 0 where v is"
@@ -261,7 +261,7 @@ def state_dict(self: MetaDistil) -> dict:  # for `save_state`
     optimizer, schedule = self._trainer.optimizer.state_dict(), self._trainer.schedule.state_dict()
     return dict(optimizer=optimizer, schedule=schedule, drawn=self._val.drawn)
 
-
+# %% ../../nbs/07_rivals/17_learning_teachers.ipynb #d0f5915c
 @patch
 def load_state_dict(
     self: MetaDistil,
@@ -295,7 +295,7 @@ def auxiliary_of(
     "Nothing"
     return None
 
-
+# %% ../../nbs/07_rivals/17_learning_teachers.ipynb #55805293
 @patch
 def __call__(
     self: MetaDistil,

@@ -18,7 +18,7 @@ from ..models.features import token_inputs
 # %% ../../nbs/07_rivals/16_patient.ipynb #748d726b
 _STRATEGIES = 'skip', 'last'
 
-
+# %% ../../nbs/07_rivals/16_patient.ipynb #1ff7ca3c
 def layer_map(
     n_student: int,  # layers of the student, at least 2
     n_teacher: int,  # layers of the teacher, at least as many
@@ -39,7 +39,7 @@ def layer_map(
 def _shapes(tensors):
     return [tuple(t.shape) for t in tensors]
 
-
+# %% ../../nbs/07_rivals/16_patient.ipynb #59f5ca75
 def _check_vectors(student_outputs, teacher_outputs):
     "Two lists of equally many vectors of equal shapes, logits last"
     for name, outputs in (('student_outputs', student_outputs), ('teacher_outputs', teacher_outputs)):
