@@ -96,7 +96,7 @@ def _median_seconds(run, repeats=3):
         times.append(watch.seconds[f'{i}'])
     return statistics.median(times)
 
-# %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #4f0df5b0
+# %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #afb539ba
 def _forward_pass(model, batches):
     "One forward pass"
     with evaluating(model), torch.no_grad():
@@ -133,7 +133,7 @@ def _all_layers(model, train, val):
         ('all_layers_finite', found.seconds | watch.seconds, finite),
     ]
 
-# %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #9ec81b48
+# %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #a0c13dc8
 def _last_layer(model, train, val):
     "Row 'last_layer'"
     found = influence_scores(model, batch_cross_entropy, train, val, progress=False)
@@ -176,7 +176,7 @@ def _ekfac(model, train, val, damping=None):
             _pairwise_scores(analyzer, *sets, damping, size, False)
     return [('kronfluence_ekfac', watch.seconds, dict(note='linear layers', peak=peak_memory()))]
 
-# %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #fd048d73
+# %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #bb1af611
 WAYS = dict(last_layer=_last_layer, all_layers=_all_layers, kronfluence_ekfac=_ekfac)  # one process each
 
 # %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #efdd94f0
@@ -185,13 +185,13 @@ def _in_process(function, *args):
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
         return pool.submit(function, *args).result()
 
-# %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #9e25996b
+# %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #02c54a3b
 def _prepare(task, threads):
     "Train the network, if it is not there"
     torch.set_num_threads(threads)
     trained_network(task, text_sets(task)[0])
 
-
+# %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #1a2d32da
 def _run_way(task, way, threads):
     "Rows of one way, unit and ratios, and memory before the work; in a fresh process"
     torch.set_num_threads(threads)
@@ -243,7 +243,7 @@ TEXT_LABELS = dict(
     kronfluence_ekfac='kronfluence EK-FAC',
 )
 
-# %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #b12f8a4e
+# %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #c4c69e51
 def text_scores_table(
     records: list,  # of `text_scores_bench`
 ) -> str:  # Markdown

@@ -153,7 +153,7 @@ def _token_keys(batch):
     ]
     return [k for k in keys if isinstance(batch[k], Tensor) and batch[k].ndim == 2]
 
-# %% ../../nbs/01_foundation/02_batches.ipynb #7ab79769
+# %% ../../nbs/01_foundation/02_batches.ipynb #ca8dced8
 def _rule_of(key, rules):
     "The rule of an entry, or None"
     return rules.get(key.removesuffix(key.rpartition('.')[2]))

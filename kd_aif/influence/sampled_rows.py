@@ -182,7 +182,7 @@ def note(self: Rows) -> str:  # in words
     "How many rows there are, and what is held of them"
     return f'{len(self)} rows'
 
-
+# %% ../../nbs/04_influence/03_sampled_rows.ipynb #0d16d8c1
 @patch(as_prop=True)
 def note(self: StreamedRows) -> str:  # in words
     "How many rows there are, and what is held of them"
@@ -205,7 +205,7 @@ def _block_products(self: StreamedRows, start):
             products.append(tile[len(own) :] @ held.T)
     return torch.cat([held @ held.T, *products])
 
-
+# %% ../../nbs/04_influence/03_sampled_rows.ipynb #da66857c
 @patch
 def _inner_products(self: StreamedRows):
     gram = torch.zeros(len(self), len(self), dtype=self.flat.dtype, device=self.flat.device)

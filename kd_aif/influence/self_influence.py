@@ -66,7 +66,7 @@ def _row_solver(flat):
         return Woodbury()
     return Woodbury(n_samples=max(1, numbers_to_hold(flat) // flat.size))
 
-
+# %% ../../nbs/04_influence/09b_self_influence.ipynb #82107671
 def _all_layer_pieces(model, loss, train, solver, forward, progress, embeddings):
     "The same for all layers"
     _check_precision(model)
