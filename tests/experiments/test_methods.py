@@ -35,10 +35,11 @@ def run(method, teachers, out=None, **changes):
 FORMS = (  # of published losses
     *('sp_train', 'crd_aif', 'dkd_aif', 'dist_aif', 'lskd_train', 'lskd_aif', 'bdkd_aif', 'pesf_aif'),
 )
+OF_TEXTS = 'pkd_skip', 'pkd_last'  # look into the layers of transformers
 SHOWN = [
     m.name
     for m in runnable_methods().values()
-    if 'extra_weight' not in m.settings or not m.base or m.name in FORMS
+    if ('extra_weight' not in m.settings or not m.base or m.name in FORMS) and m.name not in OF_TEXTS
 ]
 
 
@@ -211,3 +212,10 @@ def test_precision_is_part_of_the_identity(teachers, tmp_path):
 def test_mistakes_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         make_task('digits', **kwargs)
+
+
+@pytest.mark.parametrize('method', OF_TEXTS)
+def test_methods_of_texts_refuse_images_before_training(method, tmp_path):
+    with pytest.raises(ValueError, match='digits has images; use a data set of texts'):
+        run_task(make_task('digits'), method, out=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
