@@ -12,6 +12,7 @@ import statistics
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -86,15 +87,13 @@ def trained_network(
     return model
 
 # %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #5b13c7c4
-def _median_seconds(run, repeats=3):
-    "Median wall time of `run()`"
+def _round_seconds(runs):
+    "Name → wall time of each run, one after the other"
     watch = Stopwatch()
-    times = []
-    for i in range(repeats):
-        with watch(f'{i}'):
+    for name, run in runs.items():
+        with watch(name):
             run()
-        times.append(watch.seconds[f'{i}'])
-    return statistics.median(times)
+    return watch.seconds
 
 # %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #afb539ba
 def _forward_pass(model, batches):
@@ -113,9 +112,12 @@ def pass_ratios(
     flat = FlatModel(model, names=scored_parameters(model)[0])
     s = torch.randn(flat.size, generator=torch.Generator().manual_seed(0)) * 1e-3
     score = lambda mode: directional_scores(flat, batches, s, mode, progress=False)
-    unit = _median_seconds(lambda: _forward_pass(model, batches))
-    ratios = {mode: _median_seconds(lambda: score(mode)) / unit for mode in modes}
-    return dict(ratios, unit=unit / sum(len(b['index']) for b in batches))
+    runs = dict(unit=lambda: _forward_pass(model, batches)) | {m: partial(score, m) for m in modes}
+    rounds = [_round_seconds(runs) for _ in range(3)]
+    median = lambda cost: statistics.median(map(cost, rounds))
+    found = {mode: median(lambda r: r[mode] / r['unit']) for mode in modes}
+    unit = median(lambda r: r['unit'])
+    return dict(found, unit=unit / sum(len(b['index']) for b in batches))
 
 # %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #b98e42d9
 def _all_layers(model, train, val):

@@ -25,7 +25,7 @@ from ..foundation.core import atomic_path, wall_seconds
 from .curvature import FlatModel, GaussNewton, mean_gradient
 from .directional import check_finite, check_mode, directional_scores
 from .forward_mode import measuring
-from .iterative_solvers import CG
+from .iterative_solvers import CG, PolishedWoodbury
 from kd_aif.influence.last_layer import (
     _check_losses,
     _check_target,
@@ -207,11 +207,11 @@ def _last_layer_scores(model, loss, train, val, solver, target, val_loss, forwar
 def all_layer_solver(
     columns: int,  # number of right-hand sides
     flat: FlatModel | None = None,  # the model; None: its rows fit into memory
-) -> CG | Woodbury:  # a solver for all layers
+) -> CG | Woodbury | PolishedWoodbury:  # a solver for all layers
     """`CG` for one right-hand side; `Woodbury` with 1,024 rows for several, whose cost does not grow with them.
-    `Woodbury` with `affordable_rows`, and a check of its residual, where 512 rows are not affordable."""
+    `PolishedWoodbury` with `affordable_rows` where 512 rows are not affordable."""
     if flat is not None and affordable_rows(flat, 512) < 512:
-        return Woodbury(n_samples=affordable_rows(flat, 512), check=True)
+        return PolishedWoodbury(n_samples=affordable_rows(flat, 512))
     rows = 1024 if flat is None else affordable_rows(flat, 1024)
     return CG() if columns == 1 else Woodbury(n_samples=rows)
 

@@ -10,7 +10,7 @@ from kd_aif.foundation.batches import merged, sample_batches
 from kd_aif.foundation.losses import batch_cross_entropy, squared_error
 from kd_aif.influence.cross_scores import Scoring, cross_scores
 from kd_aif.influence.curvature import FlatModel, GaussNewton, mean_gradient
-from kd_aif.influence.iterative_solvers import CG
+from kd_aif.influence.iterative_solvers import CG, PolishedWoodbury
 from kd_aif.influence.sampled_rows import sample_gradients, sampled_rows
 from kd_aif.influence.scored_parameters import scored_parameters
 from kd_aif.influence.scores import AllLayerOptions, all_layer_scores, influence_scores
@@ -316,6 +316,17 @@ def test_a_solver_says_when_its_rows_do_not_fit(monkeypatch):
     assert scores.residual < 1e-6  # of the default, which is Woodbury here
     crossed = cross_scores(*args, ('mean',), scoring=Scoring(last_layer=False, progress=False))
     assert 'computed again' in crossed.note and crossed.residual < 1e-6
+
+
+def test_polishing_removes_the_rounding_of_woodbury():
+    model, batches = network(outputs=2, dtype=torch.float32), texts(12, classes=2)
+    flat = FlatModel(model, batch_cross_entropy, names=scored_parameters(model)[0])
+    G, b = GaussNewton(flat, batches), mean_gradient(flat, texts(6, seed=1, classes=2))
+    rough = Woodbury(1e-6, n_samples=None, check=True).solve(G, b)
+    fine = PolishedWoodbury(1e-6, n_samples=None, tol=1e-3).solve(G, b)
+    assert rough.residual > 0.05 and fine.residual < 0.02
+    assert rough.damping == fine.damping and rough.note == fine.note
+    assert error(fine.x, rough.x.double()) < 1e-3  # what is removed is large in the residual alone
 
 
 @quiet
