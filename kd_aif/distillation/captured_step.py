@@ -154,8 +154,6 @@ def _undeclared(objective):
     "The functions of an objective that do not say that they are pure functions of tensors"
     named = dict(label_loss=objective.label_loss, forward=objective.forward)
     named |= dict(teacher_loss=objective.teacher_loss)
-    if objective.teacher_update is not None:
-        named |= dict(teacher_update=objective.teacher_update)
     names = [name for name, function in named.items() if not is_static(function)]
     return names + ['auxiliary'] * (objective.auxiliary is not None and not objective.auxiliary.static)
 
@@ -164,6 +162,8 @@ def loss_obstacle(
     objective: Objective,  # the loss of a run
 ) -> str | None:  # None: there is none
     "Why a step with this loss cannot be recorded"
+    if objective.teacher_update is not None:
+        return 'teacher_update: the teacher learns before each step, which a replayed step would leave out'
     if names := _undeclared(objective):
         return (
             f"{', '.join(names)}: nothing says that it is a pure function of tensors; if it is, declare it with "

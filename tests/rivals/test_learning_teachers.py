@@ -531,3 +531,12 @@ def test_a_teacher_learns_before_every_kth_step_of_its_student(monkeypatch, ever
 def test_every_must_be_a_whole_number():
     with pytest.raises(ValueError, match='every is 0'):
         MetaDistil(lr=1e-3, every=0)
+
+
+def test_a_step_with_an_update_is_never_recorded_also_where_the_update_is_declared_static():
+    from kd_aif.distillation.captured_step import loss_obstacle
+    from kd_aif.foundation.core import static
+
+    assert loss_obstacle(Objective()) is None
+    for update in (static(lambda fit, batch, epoch: None), MetaDistil(lr=1e-3)):
+        assert 'teacher_update' in loss_obstacle(Objective(teacher_update=update))
