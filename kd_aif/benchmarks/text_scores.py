@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -24,14 +23,15 @@ from .library_scores import fixed_seed, optional_module
 
 # %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #e8572c3f
 from ..data.glue import load_glue
-from ..data.images import hold_out
+from ..data.images import content_hash, hold_out
 from ..data.text_batches import TextBatches
-from ..foundation.core import atomic_path, cache_dir, evaluating, peak_memory, Stopwatch
+from ..foundation.core import cache_dir, evaluating, peak_memory, Stopwatch
 from ..foundation.losses import batch_cross_entropy
 from ..influence.curvature import FlatModel
 from ..influence.directional import directional_scores
 from ..influence.scored_parameters import scored_parameters
 from ..influence.scores import all_layer_scores, influence_scores
+from ..models.build import load_model, save_model
 from ..models.features import default_forward
 from ..models.text import load_tokenizer, text_classifier
 from ..reporting.record_files import save_record
@@ -70,20 +70,16 @@ def trained_network(
 ) -> nn.Module:  # in evaluation mode
     "The network after one epoch; trained once"
     model = text_classifier(task.network, train.data.n_classes, task.seed)
-    path = (
-        cache_dir()
-        / 'text_scores'
-        / f'{task.network}-{task.dataset}-{task.n_train}-{task.lr:g}-{task.max_length}'
-    )
-    if not path.exists():
-        optimiser = torch.optim.AdamW(model.parameters(), task.lr)
-        for batch in train:
-            optimiser.zero_grad()
-            batch_cross_entropy(default_forward(model, batch), batch).mean().backward()
-            optimiser.step()
-        with atomic_path(path) as tmp:
-            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp)
-    model.load_state_dict(load_file(path))
+    key = content_hash(*asdict(task).values())
+    path = cache_dir() / 'text_scores' / f'{task.network}-{task.dataset}-{key}.safetensors'
+    if path.exists():
+        return load_model(model, path)
+    optimiser = torch.optim.AdamW(model.parameters(), task.lr)
+    for batch in train:
+        optimiser.zero_grad()
+        batch_cross_entropy(default_forward(model, batch), batch).mean().backward()
+        optimiser.step()
+    save_model(model, path)
     return model
 
 # %% ../../nbs/11_benchmarks/10e_text_scores.ipynb #5b13c7c4
