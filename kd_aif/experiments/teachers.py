@@ -44,6 +44,11 @@ def task_batches(
     return ImageBatches(data, task.batch_size, augmentation_for(task.dataset), seed=task.seed)
 
 # %% ../../nbs/10_experiments/03_teachers.ipynb #03-teachers-007
+def _has_two_encodings(task):
+    "Whether teacher and student are layers of different networks"
+    return split_layers(task.student)[0] != split_layers(task.teacher)[0]
+
+# %% ../../nbs/10_experiments/03_teachers.ipynb #ec298200
 def text_task_batches(
     task: Task,  # of texts
     data: TextData,  # any set of it
@@ -51,9 +56,8 @@ def text_task_batches(
     shuffle: bool = True,  # a new order in each epoch
 ) -> TextBatches:  # padded in length buckets
     "The batches of a set of texts; raises `ValueError` for a network without tokeniser"
-    tokenizer, other = load_tokenizer(task.student), None
-    if split_layers(task.student)[0] != split_layers(task.teacher)[0]:
-        other = load_tokenizer(task.teacher)
+    tokenizer = load_tokenizer(task.student)
+    other = load_tokenizer(task.teacher) if _has_two_encodings(task) else None
     options = dict(max_length=task.max_length, shuffle=shuffle, seed=task.seed, teacher_tokenizer=other)
     return TextBatches(data, tokenizer, batch_size or task.batch_size, **options)
 
@@ -129,7 +133,7 @@ def new_text_model(
     "A text classifier of a task; raises `ValueError` for a name that cannot be loaded"
     options = dict(new_classifier=True, train_embeddings=not task.freeze_embeddings)
     model = text_classifier(name, data.n_classes, seed, **options)
-    if split_layers(task.student)[0] != split_layers(task.teacher)[0]:
+    if _has_two_encodings(task):
         read_encoding(model, encoding)
     return model.to(data.y.device)
 
