@@ -22,9 +22,12 @@ import kd_aif.experiments.rival_weights  # noqa: F401
 import kd_aif.experiments.ssl_methods  # noqa: F401
 import kd_aif.experiments.text_methods  # noqa: F401
 from ..data.glue import GLUE
+from ..distillation.result import mean_scores
 from .context import Context
 from .task_data import describe_data, task_data
 from .storage import run_name, Storage, TRAINING_CODE
+
+# %% ../../nbs/10_experiments/14_methods.ipynb #10013257
 from .tasks import MethodSettings, Task, TextSettings
 from ..foundation.splits import class_groups
 from ..reporting.methods import method, Method, runnable_method
@@ -109,8 +112,7 @@ def run_metrics(
     if run.class_weights is not None:
         metrics['class_weights'] = run.class_weights.tolist()
     if run.scores is not None and is_noisy.any():
-        scores = run.scores.values
-        metrics['score_auc'] = float(roc_auc_score(~is_noisy, scores.mean(0) if scores.ndim > 1 else scores))
+        metrics['score_auc'] = float(roc_auc_score(~is_noisy, mean_scores(run.scores)))
     if run.calibration is not None:
         metrics |= _calibration_metrics(run.calibration, class_groups(train.y.cpu()), is_noisy)
     if run.mechanism or run.weights.std() > 0:

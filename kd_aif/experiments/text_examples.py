@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..data.glue import load_glue
 from ..data.texts import TextData
-from ..distillation.result import Run
+from ..distillation.result import mean_scores, Run
 from .methods import run_task
 from .storage import Storage
 from .task_data import task_data
@@ -39,8 +39,7 @@ def extreme_samples(
     check_whole('k', k)
     if run.scores is None:
         raise ValueError("run has no scores; give the run of a method with influence, such as kd_aif_student")
-    scores = run.scores.values
-    scores = scores.mean(0) if scores.ndim > 1 else scores
+    scores = mean_scores(run.scores)
     order, found = scores.argsort(descending=True), []
     for kind, positions in (('helpful', order[:k]), ('harmful', order.flip(0)[:k])):
         found += [dict(kind=kind) | _described(run, train, scores[p], p) for p in positions.tolist()]
