@@ -30,7 +30,14 @@ from .storage import Storage, TRAINING_CODE
 from .tasks import is_text, MethodSettings, PRECISIONS, Task, TextSettings
 from ..foundation.core import atomic_write
 from ..models.build import build_model, load_model, save_model
-from ..models.text import load_tokenizer, read_encoding, split_layers, text_classifier
+from kd_aif.models.text import (
+    encoder_layers,
+    freeze_lowest,
+    load_tokenizer,
+    read_encoding,
+    split_layers,
+    text_classifier,
+)
 from ..rivals.assistants import assistant_name
 
 # %% ../../nbs/10_experiments/03_teachers.ipynb #03-teachers-005
@@ -133,6 +140,8 @@ def new_text_model(
     "A text classifier of a task; raises `ValueError` for a name that cannot be loaded"
     options = dict(new_classifier=True, train_embeddings=not task.freeze_embeddings)
     model = text_classifier(name, data.n_classes, seed, **options)
+    if frozen := int(task.frozen_fraction * len(encoder_layers(model)[2])):
+        freeze_lowest(model, frozen)
     if _has_two_encodings(task):
         read_encoding(model, encoding)
     return model.to(data.y.device)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'text_model_path', 'split_layers', 'load_tokenizer', 'text_classifier', 'embeddings', 'encoder_layers',
-           'keep_layers', 'smaller_student', 'read_encoding']
+           'freeze_lowest', 'keep_layers', 'smaller_student', 'read_encoding']
 
 # %% ../../nbs/03_models/04_text.ipynb #0e6f38bf
 import copy
@@ -159,6 +159,21 @@ def encoder_layers(
         f"model {type(model).__name__} has no list of {n} layers that could be chosen from; "
         f"make a student with smaller_student(teacher, num_hidden_layers=...)"
     )
+
+# %% ../../nbs/03_models/04_text.ipynb #99b8779a
+def freeze_lowest(
+    model: nn.Module,  # of `transformers`, changed in place
+    n: int,  # number of layers that are not trained, from the lowest
+) -> nn.Module:  # the model
+    "Leave the embeddings and the lowest layers as they are. Raises `ValueError` where no layer is left to train"
+    layers = encoder_layers(model)[2]
+    if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < len(layers):
+        raise ValueError(f"n is {n!r}; give a whole number from 0 to {len(layers) - 1}")
+    first_trained = next(layers[n].parameters())
+    for parameter in model.parameters():
+        if parameter is first_trained:
+            return model
+        parameter.requires_grad_(False)
 
 # %% ../../nbs/03_models/04_text.ipynb #78490c61
 def keep_layers(

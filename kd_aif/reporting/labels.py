@@ -105,6 +105,7 @@ DATA_SETTINGS = {
     'n_val': lambda v: f'{v:,} validation samples',
     'n_test': lambda v: f'{v:,} test samples',
     'max_length': lambda v: f'at most {v:,} tokens',
+    'frozen_fraction': lambda v: f'lowest {percent(v)} of layers frozen' if v else 'all layers trained',
     'freeze_embeddings': lambda v: 'embeddings as they were' if v else 'embeddings trained',
     'n_labelled': _images('labelled'),
     'n_unlabelled': _images('unlabelled'),
