@@ -22,6 +22,8 @@ from ..data.loaders import ImageBatches
 from ..data.mixed_batches import mix_batches
 from ..data.text_batches import TextBatches
 from ..data.texts import TextData
+
+# %% ../../nbs/10_experiments/03_teachers.ipynb #4e0ca1d7
 from ..distillation.distill import distill
 from ..distillation.objective import Objective, regression_objective
 from ..distillation.trainer import Training
