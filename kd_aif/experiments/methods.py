@@ -8,6 +8,7 @@ __all__ = ['RUN_CODE', 'run_config', 'run_identity', 'headline_scores', 'run_met
 # %% ../../nbs/10_experiments/14_methods.ipynb #14-methods-002
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from sklearn.metrics import roc_auc_score
@@ -132,6 +133,7 @@ def run_task(
     root=None,  # data folder
     storage: Storage = Storage(),  # where teachers and unfinished trainings are kept
     progress: bool = True,  # show bars
+    more_metrics: Callable | None = None,  # more_metrics(run, context) -> further metrics of the record
 ) -> tuple:  # the `Record`, and the `Run` (None when the record was already there)
     """Train one method on one task and record it; a run that has a record is not made again.
     Raises `ValueError` for an unknown method."""
@@ -142,8 +144,10 @@ def run_task(
     if out is not None and not force and (known := find_record(out, planned)):
         return known, None
     name = f'{run_name(planned)}-{storage.code(*RUN_CODE)}'
-    run, seconds = train_and_measure(Context(task, train, val, test, storage, progress, name))
-    record = make_record(**fields, metrics=run_metrics(run, train), seconds=seconds, history=run.history)
+    context = Context(task, train, val, test, storage, progress, name)
+    run, seconds = train_and_measure(context)
+    metrics = run_metrics(run, train) | (more_metrics(run, context) if more_metrics else {})
+    record = make_record(**fields, metrics=metrics, seconds=seconds, history=run.history)
     if out is not None:
         save_record(record, out)
     storage.remove(run_name(planned))
