@@ -101,10 +101,10 @@ FULL_TEXTS = dict(epochs=3, max_length=128, lr=5e-5, precision='bfloat16', tier=
 _LITE = dict(
     cola=(3400, 400, 2, 4e-4),
     sst2=(4000, 1000, 1, 2e-4),
-    mrpc=(None, 500, 2, 2e-4),
-    stsb=(2400, 400, 2, 2e-4),
-    qnli=(2400, 400, 2, 2e-4),
-    rte=(None, 400, 1, 2e-4),
+    mrpc=(None, 500, 3, 5e-4),
+    stsb=(2400, 400, 4, 5e-4),
+    qnli=(2400, 400, 3, 5e-4),
+    rte=(None, 400, 2, 5e-4),
 )  # rows, of these for validation, epochs, learning rate
 _HELD_OUT = dict(cola=1000, sst2=2000, mrpc=500, stsb=1000, qnli=2000, rte=400, mnli=5000, qqp=5000, wnli=100)
 
