@@ -122,7 +122,7 @@ def radar(
     "Five principles at a glance"
     from matplotlib import pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(5, 4.4), subplot_kw=dict(projection='polar'))
+    fig, ax = plt.subplots(figsize=(4.6, 4.8), subplot_kw=dict(projection='polar'), layout='constrained')
     markers = 'os^Dv*XP'
     for i, (name, axes) in enumerate(radar_values(self).items()):
         color = (colors or {}).get(name, f'C{i}')
@@ -133,7 +133,7 @@ def radar(
     labels = list(axes)
     ax.set_xticks(np.linspace(0, 2 * np.pi, len(labels), endpoint=False), labels)
     ax.set(ylim=(0, 1), yticks=[0.25, 0.5, 0.75, 1])
-    ax.legend(loc='upper left', bbox_to_anchor=(1.05, 1.05))
+    fig.legend(loc='outside lower center', ncols=min(2, len(self.measures)))
     return fig
 
 # %% ../../nbs/08b_trust/07_safe.ipynb #8e23c80c
