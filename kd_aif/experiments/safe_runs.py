@@ -38,7 +38,12 @@ def _mean_measures(records, network):
     "Measures of one network, means over records; words and grids are left out"
     found = [r.metrics['safe'][network] for r in records if network in r.metrics['safe']]
     names = [k for k, v in found[0].items() if isinstance(v, (int, float))] if found else []
-    return {name: float(np.mean([f[name] for f in found if name in f])) for name in names}
+    return {name: _mean_of(found, name) for name in names}
+
+
+def _mean_of(found, name):
+    "Over those that have it"
+    return float(np.mean([values[name] for values in found if name in values]))
 
 # %% ../../nbs/10_experiments/14b_safe_runs.ipynb #9f8e1f74
 def mean_report(
@@ -56,7 +61,7 @@ def mean_report(
         found[method_label(name)] = _nested(_mean_measures(_of(records, name), 'student'))
     return SafeReport(found, records[0].dataset['rows']['test'])
 
-
+# %% ../../nbs/10_experiments/14b_safe_runs.ipynb #e3eb394d
 def _of(records, name):
     "The records of one method"
     return [r for r in records if r.method == name]
@@ -77,11 +82,16 @@ def safe_rows(
 ) -> tuple:  # header, and rows of texts
     "One row for each network"
     flat = {name: _flat(values) for name, values in report.measures.items()}
-    shown = [m for m in measures if any(m in values for values in flat.values())]
-    rows = [[name, *(_cell(values.get(m)) for m in shown)] for name, values in flat.items()]
-    return ['network', *(MEASURES[m][1] for m in shown)], rows
+    known = set().union(*flat.values())
+    shown = [m for m in measures if m in known]
+    return ['network', *(MEASURES[m][1] for m in shown)], [_row(*item, shown) for item in flat.items()]
 
 
+def _row(name, values, shown):
+    "The name of a network, and its values"
+    return [name, *(_cell(values.get(measure)) for measure in shown)]
+
+# %% ../../nbs/10_experiments/14b_safe_runs.ipynb #f54a0e42
 def _flat(measures):
     "{measure: value} of all principles"
     return {name: value for values in measures.values() for name, value in values.items()}
@@ -107,7 +117,14 @@ COMPARED = (
     'disturbed_accuracy',
 )
 
+# %% ../../nbs/10_experiments/14b_safe_runs.ipynb #e012f526
+def _by_seed(records, measure):
+    "{seed: value} of the students that have the measure"
+    key = f'{MEASURES[measure][0]} {measure}'
+    found = {r.seed: r.metrics['safe']['student'].get(key) for r in records}
+    return {seed: value for seed, value in found.items() if value is not None}
 
+# %% ../../nbs/10_experiments/14b_safe_runs.ipynb #941f8846
 def measure_difference(
     records: Sequence[Record],  # of one setting, with SAFE measures
     measure: str,  # a key of `MEASURES`
@@ -115,16 +132,8 @@ def measure_difference(
     control: str,  # short name of the method that is subtracted
 ) -> PairedDifference:  # of the students
     "One measure of two methods, paired by seed; without a common seed where one was not measured"
-    key = f'{MEASURES[measure][0]} {measure}'
-    by_seed = [
-        {
-            r.seed: r.metrics['safe']['student'][key]
-            for r in _of(records, m)
-            if key in r.metrics['safe']['student']
-        }
-        for m in (method, control)
-    ]
-    return paired_difference(*by_seed)
+    ours, theirs = (_by_seed(_of(records, m), measure) for m in (method, control))
+    return paired_difference(ours, theirs)
 
 # %% ../../nbs/10_experiments/14b_safe_runs.ipynb #3a2aa453
 def measure_differences(
@@ -140,7 +149,7 @@ def measure_differences(
             rows.append([MEASURES[measure][1], *(_difference_text(d) for d in found)])
     return rows
 
-
+# %% ../../nbs/10_experiments/14b_safe_runs.ipynb #c1a96b02
 def _difference_text(d):
     "With three digits; no interval with one seed"
     if d.n < 2:

@@ -133,7 +133,7 @@ def radar(
     labels = list(axes)
     ax.set_xticks(np.linspace(0, 2 * np.pi, len(labels), endpoint=False), labels)
     ax.set(ylim=(0, 1), yticks=[0.25, 0.5, 0.75, 1])
-    fig.legend(loc='outside lower center', ncols=min(2, len(self.measures)))
+    fig.legend(loc='outside lower center')
     return fig
 
 # %% ../../nbs/08b_trust/07_safe.ipynb #8e23c80c
