@@ -392,7 +392,7 @@ def test_page_24_with_records(reports):
 
 def test_report_with_records(reports):
     saved(reports / 'reports' / 'results', all_runs(NOISY))
-    text, _ = execute('90_report.ipynb', reports)
+    text, _ = execute('10_experiments/29_all_runs.ipynb', reports)
     assert 'Full tier: CIFAR-100' in text and NOT_RUN.findall(text)[:2] == ['21', '18']
     assert '20_cifar100 · cifar100, symmetric label noise, 40 % · tier full' not in text
 
@@ -410,7 +410,7 @@ def test_the_committed_pages_say_once_that_nothing_was_run():
     run = {r.experiment for r in load_records(ROOT / 'reports' / 'results', tier='full')} & set(TITLES)
     pages = {page for experiment, page in PAGES.items() if experiment not in run}
     if not run:
-        pages |= {'10_experiments/24b_quality', '90_report'}
+        pages |= {'10_experiments/24b_quality', '10_experiments/29_all_runs'}
     for page in pages:
         text = (ROOT / 'nbs' / f'{page}.ipynb').read_text(encoding='utf-8')
         assert len(NOT_RUN.findall(text)) == 1, page

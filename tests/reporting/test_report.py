@@ -1,4 +1,4 @@
-"Reports: real records of quick runs through notebook 90 and into one HTML file, and faults of what is drawn."
+"Reports: real records of quick runs through notebook 29 and into one HTML file, and faults of what is drawn."
 
 import dataclasses, json, re, shutil
 from html.parser import HTMLParser
@@ -22,13 +22,13 @@ from kd_aif.reporting.report import report_sections
 from kd_aif.reporting.weight_plots import detector_roc, weight_diagnostics, weight_histogram, weights_figure
 
 
-NOTEBOOK = Path(__file__).parents[2] / 'nbs' / '90_report.ipynb'
+NOTEBOOK = Path(__file__).parents[2] / 'nbs' / '10_experiments' / '29_all_runs.ipynb'
 X, Y = load_digits(return_X_y=True)
 X = X / 16
 
 
 def quick_run(method, seed, rate):
-    "A logistic regression on noisy digits, filed under the setting that notebook 90 expects; 'kd_aif_student' weighs samples by what a first fit thinks of their labels."
+    "A logistic regression on noisy digits, filed under a setting that notebook 29 expects; 'kd_aif_student' weighs samples by what a first fit thinks of their labels."
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(X))
     train, test = order[:600], order[600:1200]
@@ -72,12 +72,12 @@ def inline_figures(monkeypatch):
 
 
 def execute_report(folder):
-    "Execute notebook 90 in `folder`/nbs and return all its displayed text and its number of figures."
-    (folder / 'nbs').mkdir()
-    shutil.copy(NOTEBOOK, folder / 'nbs')
-    nb = nbformat.read(folder / 'nbs' / NOTEBOOK.name, 4)
+    "Execute notebook 29 in `folder`/nbs and return all its displayed text and its number of figures."
+    place = folder / 'nbs' / '10_experiments'
+    place.mkdir(parents=True)
+    nb = nbformat.read(NOTEBOOK, 4)
     NotebookClient(
-        nb, timeout=300, kernel_name='python3', resources={'metadata': {'path': str(folder / 'nbs')}}
+        nb, timeout=300, kernel_name='python3', resources={'metadata': {'path': str(place)}}
     ).execute()
     data = [o['data'] for c in nb.cells if c.cell_type == 'code' for o in c.outputs if 'data' in o]
     return '\n'.join(
