@@ -1,6 +1,6 @@
 "Reports: real records of quick runs through notebook 29 and into one HTML file, and faults of what is drawn."
 
-import dataclasses, json, re, shutil
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 import matplotlib
