@@ -40,6 +40,20 @@ class ImageBatches:
 def __len__(self: ImageBatches):
     return -(-len(self.data) // self.batch_size)
 
+# %% ../../nbs/02_data/06_loaders.ipynb #4cb9546d
+def _order_text(batches):
+    "What happens to the samples of a loader in each epoch, in words"
+    augment = getattr(batches, 'augment', None)
+    name = getattr(augment, '__name__', None) or augment
+    order = 'a new order in each epoch' if batches.shuffle else 'in order'
+    return order + ('' if augment is None else f', augmented by {name}')
+
+
+@patch
+def __repr__(self: ImageBatches):
+    sizes = f'{len(self):,} batches of up to {self.batch_size:,} images, {_order_text(self)}'
+    return f'{type(self).__name__}: {sizes}; {self.data!r}'
+
 # %% ../../nbs/02_data/06_loaders.ipynb #02-data-091
 @patch
 def set_epoch(

@@ -93,6 +93,14 @@ class _Stream:
         self.rest = batch_rows(batch, slice(k, None)) if have > k else None
         return batch_rows(batch, slice(k)) if have > k else batch
 
+# %% ../../nbs/02_data/07_mixed_batches.ipynb #7a3babd2
+def _named(batches):
+    "A loader in a few words"
+    if isinstance(batches, (list, tuple)):
+        return f'a {type(batches).__name__} of {len(batches):,} batches'
+    own = type(batches).__repr__ is not object.__repr__
+    return repr(batches) if own else type(batches).__name__
+
 # %% ../../nbs/02_data/07_mixed_batches.ipynb #09-distill-008
 class _Chained:
     "Training batches, then validation batches, marked"
@@ -104,6 +112,9 @@ class _Chained:
         for batches, held_out in ((self.train, False), (self.val, True)):
             for batch in batches:
                 yield _marked(batch, held_out)
+
+    def __repr__(self):
+        return f'training samples, then validation samples\n- {_named(self.train)}\n- {_named(self.val)}'
 
 # %% ../../nbs/02_data/07_mixed_batches.ipynb #09-distill-009
 class MixedBatches:
@@ -130,6 +141,12 @@ class MixedBatches:
     def eval_view(self):
         "The training samples, then the validation samples, without augmentation and in a fixed order"
         return _Chained(eval_view(self.train), eval_view(self.val))
+
+    def __repr__(self):
+        sizes = f'{self.n_train:,} training and {self.n_val:,} validation samples in batches of {self.batch_size:,}'
+        return (
+            f'MixedBatches: {sizes}, mixed anew in each epoch\n- {_named(self.train)}\n- {_named(self.val)}'
+        )
 
 # %% ../../nbs/02_data/07_mixed_batches.ipynb #376b5a17
 @patch
@@ -214,6 +231,9 @@ class SubsetBatches:
     def eval_view(self):
         "The same samples without augmentation, in a fixed order"
         return SubsetBatches(eval_view(self.batches), self.index)
+
+    def __repr__(self):
+        return f'SubsetBatches: {len(self.index):,} samples of {_named(self.batches)}'
 
     def __iter__(self):
         for batch in self.batches:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .images import content_hash, ImageData
 from ..foundation.core import atomic_path, bar_options, cache_dir, generator

@@ -102,6 +102,12 @@ class TextBatches:
 def __len__(self: TextBatches):
     return len(_split(torch.empty(len(self.data)), self.batch_size))
 
+# %% ../../nbs/02_data/13_text_batches.ipynb #c87ca2cf
+@patch
+def __repr__(self: TextBatches):
+    order = 'length buckets in a new order in each epoch' if self.shuffle else 'in order'
+    return f'TextBatches: {len(self):,} batches of up to {self.batch_size:,} texts, {order}; {self.data!r}'
+
 # %% ../../nbs/02_data/13_text_batches.ipynb #42009b6e
 @patch
 def set_epoch(
@@ -183,6 +189,12 @@ def eval_view(self: MixedTextBatches):  # re-iterable batches
 @patch
 def __len__(self: MixedTextBatches):
     return len(_split(self._rows.y, self.batch_size))
+
+# %% ../../nbs/02_data/13_text_batches.ipynb #6f9b824e
+@patch
+def __repr__(self: MixedTextBatches):
+    sizes = f'{self.n_train:,} training and {self.n_val:,} validation texts in batches of {self.batch_size:,}'
+    return f'MixedTextBatches: {sizes}, length buckets over both\n- {self.train!r}\n- {self.val!r}'
 
 # %% ../../nbs/02_data/13_text_batches.ipynb #38524808
 @patch

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..data.epoch_plans import plan_batches
 from ..data.training_set import TrainingSet

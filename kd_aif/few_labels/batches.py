@@ -22,7 +22,7 @@ from ..foundation.batches import find_positions, upload
 from ..foundation.core import check_whole, generator
 
 # %% ../../nbs/08_few_labels/01_batches.ipynb #b886bdd4
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class UnlabelledImages:
     "Images without labels"
 
@@ -32,6 +32,10 @@ class UnlabelledImages:
 
     def __len__(self):
         return len(self.x)
+
+    def __repr__(self):
+        size = '×'.join(map(str, self.x.shape[1:]))
+        return f'{len(self):,} images without labels, {size}, fingerprint {self.fingerprint}'
 
     def to(
         self,
@@ -167,6 +171,10 @@ class SSLBatches:
         self.augment = dict(labelled=weak, x=weak, x2=weak, strong=strong)
         self._normalise = ImageBatches(labelled, batch_size)._normalise
         self._cpu_index = labelled.index.cpu()
+
+    def __repr__(self):
+        steps = f'{self.batch_size:,} labelled and {self.batch_size * self.mu:,} unlabelled images in a step'
+        return f'SSLBatches: {steps}\n- {self.labelled!r}\n- {self.unlabelled!r}'
 
 # %% ../../nbs/08_few_labels/01_batches.ipynb #7d6c43c6
 @patch

@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #d5f1d4b1
 from ..data.images import content_hash, ImageData

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['generator', 'seed_everything', 'random_state', 'set_random_state', 'default_device', 'evaluating', 'atomic_path',
-           'atomic_write', 'cache_dir', 'bar_options', 'wall_seconds', 'Stopwatch', 'peak_memory', 'check_whole',
-           'check_fraction', 'check_positive', 'static', 'is_static']
+           'atomic_write', 'cache_dir', 'in_notebook', 'NotebookLine', 'bar_options', 'wall_seconds', 'Stopwatch',
+           'peak_memory', 'check_whole', 'check_fraction', 'check_positive', 'static', 'is_static']
 
 # %% ../../nbs/01_foundation/01_core.ipynb #1246752e
 import hashlib
@@ -135,11 +135,72 @@ def cache_dir() -> Path:  # the folder; made by whoever writes into it
     return Path(os.environ.get('KD_AIF_CACHE') or '~/.cache/kd_aif').expanduser()
 
 # %% ../../nbs/01_foundation/01_core.ipynb #00-core-039
+def in_notebook() -> bool:  # False also in a terminal with IPython
+    "Whether this is the kernel of a notebook"
+    ipython = sys.modules.get('IPython')
+    shell = ipython and ipython.get_ipython()
+    return bool(shell) and 'IPKernelApp' in shell.config
+
+# %% ../../nbs/01_foundation/01_core.ipynb #00-core-040
+class NotebookLine:
+    "A file for one tqdm bar: what follows a carriage return is shown as the line's new text."
+
+    encoding = 'utf-8'  # tqdm may draw its bar with blocks
+
+    def __init__(
+        self,
+        cell,  # identifies the cell that runs
+        show,  # show() → an empty line, with `update(text)`
+        free: list,  # [cell, line, ...]: its lines that are free, shared by all bars
+    ):
+        if free[:1] != [cell]:
+            free[:] = [cell]
+        self.cell, self.show, self.free, self.line = cell, show, free, None
+
+    def flush(self):
+        "Nothing waits."
+
+# %% ../../nbs/01_foundation/01_core.ipynb #7738ee83
+@patch
+def write(
+    self: NotebookLine,
+    text: str,  # what tqdm writes
+) -> None:  # nothing
+    "Show the text; an empty one gives the line back."
+    if len(text) < 2 or text[0] != '\r':
+        return
+    shown = text.strip()
+    if self.line is None and shown:
+        self.line = self.free.pop() if len(self.free) > 1 and self.free[0] == self.cell else self.show()
+    if self.line is not None:
+        self.line.update(shown)
+        if not shown:
+            self.free.append(self.line)
+            self.line = None
+
+# %% ../../nbs/01_foundation/01_core.ipynb #b0bf781e
+_free_lines = []  # of the cell that runs
+
+
+class _Output:
+    def __init__(self):
+        self.handle = sys.modules['IPython'].display.DisplayHandle()
+        self.handle.display({'text/plain': ''}, raw=True)
+
+    def update(self, text):
+        self.handle.update({'text/plain': text}, raw=True)
+
+# %% ../../nbs/01_foundation/01_core.ipynb #27100bc5
 def bar_options(
     progress: bool,  # show a bar
 ) -> dict:  # options for `tqdm`
-    "Options of `tqdm.auto.tqdm` for a bar that is shown or not; the environment can still turn it off."
-    return {} if progress else dict(disable=True)
+    "Options of `tqdm.tqdm` for a bar that is shown or not; the environment can still turn it off."
+    if not progress:
+        return dict(disable=True)
+    if not in_notebook():
+        return {}
+    cell = sys.modules['IPython'].get_ipython().execution_count
+    return dict(file=NotebookLine(cell, _Output, _free_lines), position=0, ncols=90, mininterval=0.2)
 
 # %% ../../nbs/01_foundation/01_core.ipynb #00-core-042
 def wall_seconds() -> float:  # differences count, not the number itself

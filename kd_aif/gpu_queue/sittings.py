@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..benchmarks.full_size import ScoringTask
 from ..experiments.ssl_tasks import SSLTask

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..foundation.batches import batch_rows, batch_size
 from ..foundation.core import bar_options

@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.func import grad
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..foundation.batches import batch_rows, check_order, find_positions, sample_mask, to_device
 from ..foundation.core import bar_options, generator

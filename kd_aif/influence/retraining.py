@@ -25,7 +25,7 @@ from fastcore.basics import patch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..foundation.core import atomic_path, atomic_write, bar_options, check_whole
 

@@ -11,7 +11,7 @@ from time import perf_counter
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../../nbs/04_influence/09b_self_influence.ipynb #524be260
 from ..foundation.batches import batch_rows, sample_batches, to_device

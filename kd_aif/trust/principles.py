@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..data.images import ImageData
 from ..foundation.batches import eval_view
