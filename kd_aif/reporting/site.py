@@ -96,7 +96,7 @@ table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabu
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 th { background: var(--soft); vertical-align: bottom }
 .output td, .output th { text-align: right; white-space: nowrap }
-.output :is(td, th):first-child { text-align: left; position: sticky; left: 0; min-width: 7rem; max-width: 24rem;
+.output :is(td, th):first-child { text-align: left; position: sticky; left: 0; min-width: 9.5rem; max-width: 24rem;
   white-space: normal }
 .output td:first-child { background: var(--bg) }
 """
