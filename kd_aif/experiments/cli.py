@@ -36,6 +36,7 @@ from ..reporting.methods import runnable_methods
 from ..reporting.record_files import load_records
 from ..reporting.records import headline_metric, headline_score
 from ..reporting.report import report_sections
+from ..reporting.site import write_site
 from ..reporting.summary import summary_table
 from ..reporting.weight_plots import strength_suffix
 
@@ -242,13 +243,26 @@ def kd_aif_quickstart(
         print(f'\n{summary_table(records)}\n\nreport: {report.resolve()}')
 
 # %% ../../nbs/10_experiments/19_cli.ipynb #19-cli-038
+def _write_site(out):
+    "Pages of all notebooks of the checkout in which the command is run"
+    check_folder(out, 'site')
+    try:
+        pages = write_site(out)
+    except ImportError as e:
+        raise ValueError(f'site: {e}') from None
+    print(f'{len(pages)} pages: {pages[0].resolve()}')
+
+# %% ../../nbs/10_experiments/19_cli.ipynb #97c5be03
 @call_parse
 def kd_aif_report(
     records: str = 'reports/results',  # folder of the records
     out: str = 'reports/report.html',  # page to write
+    site: str = None,  # folder of a site of all notebooks, made instead; needs a source checkout
 ):
-    "Make one self-contained page with tables and figures of all records; trains nothing"
+    "Make one self-contained page with tables and figures of all records, or a site; trains nothing"
     with plain_errors():
+        if site:
+            return _write_site(site)
         everything = load_records(records)
         full = [r for r in everything if in_full_tier(r)]
         others = [r for r in everything if headline_score(r) is not None and not in_full_tier(r)]
