@@ -130,6 +130,9 @@ def test_notebook_outputs_are_small_and_name_no_folder_of_this_machine(notebook)
         o for c in json.loads(notebook.read_text(encoding='utf-8'))['cells'] for o in c.get('outputs', [])
     ]
     assert not [o['evalue'] for o in outputs if o['output_type'] == 'error']
+    assert not [o for o in outputs if o.get('name') == 'stderr'], 'run it again with TQDM_DISABLE=1'
+    widget = 'application/vnd.jupyter.widget-view+json'
+    assert not [o for o in outputs if widget in o.get('data', {})], 'a widget is an error without its kernel'
     for output in map(json.dumps, outputs):
         assert len(output) < 200_000, 'make the figure smaller, such as dpi=80'
         assert not [o for o in (Path.home(), ROOT, Path(sys.prefix)) if f'{o}/' in output]

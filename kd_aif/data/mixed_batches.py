@@ -142,11 +142,13 @@ class MixedBatches:
         "The training samples, then the validation samples, without augmentation and in a fixed order"
         return _Chained(eval_view(self.train), eval_view(self.val))
 
-    def __repr__(self):
-        sizes = f'{self.n_train:,} training and {self.n_val:,} validation samples in batches of {self.batch_size:,}'
-        return (
-            f'MixedBatches: {sizes}, mixed anew in each epoch\n- {_named(self.train)}\n- {_named(self.val)}'
-        )
+# %% ../../nbs/02_data/07_mixed_batches.ipynb #61310ddd
+@patch
+def __repr__(self: MixedBatches):
+    sizes = (
+        f'{self.n_train:,} training and {self.n_val:,} validation samples in batches of {self.batch_size:,}'
+    )
+    return f'MixedBatches: {sizes}, mixed anew in each epoch\n- {_named(self.train)}\n- {_named(self.val)}'
 
 # %% ../../nbs/02_data/07_mixed_batches.ipynb #376b5a17
 @patch
@@ -232,11 +234,13 @@ class SubsetBatches:
         "The same samples without augmentation, in a fixed order"
         return SubsetBatches(eval_view(self.batches), self.index)
 
-    def __repr__(self):
-        return f'SubsetBatches: {len(self.index):,} samples of {_named(self.batches)}'
-
     def __iter__(self):
         for batch in self.batches:
             keep = torch.isin(batch['index'].cpu(), self.index).nonzero()[:, 0]
             if len(keep):
                 yield batch_rows(batch, keep)
+
+# %% ../../nbs/02_data/07_mixed_batches.ipynb #a4b6362b
+@patch
+def __repr__(self: SubsetBatches):
+    return f'SubsetBatches: {len(self.index):,} samples of {_named(self.batches)}'

@@ -64,9 +64,7 @@ class TextSettings:
 
     max_length: int | None = None  # tokens of a text, longer ones are cut; None for images
     freeze_embeddings: bool = False  # the tables of words and positions are not trained
-    frozen_fraction: float = (
-        0.0  # of the layers, from the lowest, that are not trained, with what is below them
-    )
+    frozen_fraction: float = 0.0  # of the layers, from the lowest, that keep their weights
     n_test: int | None = None  # texts taken from the test set; None takes all
 
 # %% ../../nbs/10_experiments/01_tasks.ipynb #e7dfb309

@@ -172,9 +172,11 @@ class SSLBatches:
         self._normalise = ImageBatches(labelled, batch_size)._normalise
         self._cpu_index = labelled.index.cpu()
 
-    def __repr__(self):
-        steps = f'{self.batch_size:,} labelled and {self.batch_size * self.mu:,} unlabelled images in a step'
-        return f'SSLBatches: {steps}\n- {self.labelled!r}\n- {self.unlabelled!r}'
+# %% ../../nbs/08_few_labels/01_batches.ipynb #87992162
+@patch
+def __repr__(self: SSLBatches):
+    steps = f'{self.batch_size:,} labelled and {self.batch_size * self.mu:,} unlabelled images in a step'
+    return f'SSLBatches: {steps}\n- {self.labelled!r}\n- {self.unlabelled!r}'
 
 # %% ../../nbs/08_few_labels/01_batches.ipynb #7d6c43c6
 @patch

@@ -104,7 +104,8 @@ class NetworkCost:
     samples: int  # that were passed through the network, all passes together
 
     @property
-    def joules(self) -> float | None:  # for one sample; None: not measurable here
+    def joules(self) -> float | None:  # None: not measurable here
+        "Energy for one sample"
         return None if self.energy.joules is None else self.energy.joules / self.samples
 
 # %% ../../nbs/08b_trust/03_network_costs.ipynb #53ade9c1

@@ -38,9 +38,7 @@ from kd_aif.trust.regions import (
 class SafeOptions:
     "What a report needs to know beside networks and samples"
 
-    protected: Callable | None = (
-        None  # protected(batch) -> the batch without a protected variable; None: no RGF
-    )
+    protected: Callable | None = None  # change(batch) -> batch without a protected variable
     groups: Sequence | None = None  # (n,) the group of each test sample, in their order; None: the classes
     size: int = 4  # rows and columns of the grid of regions
     n_parts: int = 3  # parts of a text
