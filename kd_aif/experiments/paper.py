@@ -12,10 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+from ..data.glue import GLUE
 from .tasks import TASKS
 from .text_tables import mean_gain
 from ..reporting.claims import gain, gain_words, strongest_rival
 from ..reporting.figures import GREY, new_figure, RIGHT, WRONG
+from ..reporting.labels import counted
 from ..reporting.methods import method_label
 from ..reporting.records import Record
 
@@ -161,9 +163,16 @@ def whole_gains(
     methods: Sequence[str],  # short names
     control: str = 'kd_val',  # short name of the method that is subtracted
 ) -> str:  # Markdown
-    "Mean gains over the tasks of GLUE, with wrong labels and without, in sentences"
-    lines = []
-    for wrong, words in ((True, 'with wrong labels'), (False, 'with labels as given')):
-        gains = [f'{method_label(m)} {gain_words(mean_gain(records, m, wrong, control))}' for m in methods]
-        lines.append(f'- {words}: {"; ".join(gains)}')
+    "Mean gains over the tasks of GLUE that were run, with wrong labels and without, in sentences"
+    tasks = sorted({r.dataset['name'].removeprefix('glue/') for r in records})
+    titles = ', '.join(GLUE[task].title for task in GLUE if task in tasks)
+    lines = [f'Tasks that were run: {titles}.', '']
+    for wrong, words in ((True, 'With wrong labels'), (False, 'With labels as given')):
+        gains = [f'{method_label(m)} {_over_tasks(mean_gain(records, m, wrong, control))}' for m in methods]
+        lines.append(f'- {words}: {"; ".join(gains)}.')
     return '\n'.join(lines)
+
+
+def _over_tasks(d):
+    "A gain with its interval and the number of pairs"
+    return f"{d} points ({counted(d.n, 'pair')} of task and seed)" if d.n else 'not run'
