@@ -123,6 +123,17 @@ def run_metrics(
 # %% ../../nbs/10_experiments/14_methods.ipynb #14-methods-016
 RUN_CODE = (*TRAINING_CODE, 'influence', 'weights', 'rivals')  # folders that decide what a run computes
 
+# %% ../../nbs/10_experiments/14_methods.ipynb #97d935cd
+def _record_of(run, context, fields, seconds, more_metrics):
+    "With further metrics where they are asked for"
+    metrics = run_metrics(run, context.train) | (more_metrics(run, context) if more_metrics else {})
+    return make_record(**fields, metrics=metrics, seconds=seconds, history=run.history)
+
+
+def _file_name(planned, storage):
+    "The run and the code that it belongs to"
+    return f'{run_name(planned)}-{storage.code(*RUN_CODE)}'
+
 # %% ../../nbs/10_experiments/14_methods.ipynb #d5e43fc1
 def run_task(
     task: Task,  # what to run
@@ -135,19 +146,16 @@ def run_task(
     progress: bool = True,  # show bars
     more_metrics: Callable | None = None,  # more_metrics(run, context) -> further metrics of the record
 ) -> tuple:  # the `Record`, and the `Run` (None when the record was already there)
-    """Train one method on one task and record it; a run that has a record is not made again.
-    Raises `ValueError` for an unknown method."""
-    train_and_measure = runnable_method(method).run
+    "Train a method on a task and record it, if it has no record. Raises `ValueError` for an unknown method"
+    runnable_method(method)  # an unknown one is found before anything is loaded
     train, val, test = task_data(task, root, progress)
     fields = run_identity(task, method, describe_data(task, train, val, test), experiment)
     planned = make_record(**fields, metrics={})
     if out is not None and not force and (known := find_record(out, planned)):
         return known, None
-    name = f'{run_name(planned)}-{storage.code(*RUN_CODE)}'
-    context = Context(task, train, val, test, storage, progress, name)
-    run, seconds = train_and_measure(context)
-    metrics = run_metrics(run, train) | (more_metrics(run, context) if more_metrics else {})
-    record = make_record(**fields, metrics=metrics, seconds=seconds, history=run.history)
+    context = Context(task, train, val, test, storage, progress, _file_name(planned, storage))
+    run, seconds = runnable_method(method).run(context)
+    record = _record_of(run, context, fields, seconds, more_metrics)
     if out is not None:
         save_record(record, out)
     storage.remove(run_name(planned))
