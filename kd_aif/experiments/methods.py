@@ -147,14 +147,14 @@ def run_task(
     more_metrics: Callable | None = None,  # more_metrics(run, context) -> further metrics of the record
 ) -> tuple:  # the `Record`, and the `Run` (None when the record was already there)
     "Train a method on a task and record it, if it has no record. Raises `ValueError` for an unknown method"
-    runnable_method(method)  # an unknown one is found before anything is loaded
+    used = runnable_method(method)  # an unknown one is found before anything is loaded
     train, val, test = task_data(task, root, progress)
     fields = run_identity(task, method, describe_data(task, train, val, test), experiment)
     planned = make_record(**fields, metrics={})
     if out is not None and not force and (known := find_record(out, planned)):
         return known, None
     context = Context(task, train, val, test, storage, progress, _file_name(planned, storage))
-    run, seconds = runnable_method(method).run(context)
+    run, seconds = used.run(context)
     record = _record_of(run, context, fields, seconds, more_metrics)
     if out is not None:
         save_record(record, out)

@@ -60,9 +60,9 @@ def _draw_box(ax, place, size, words, colour):
     return frame
 
 # %% ../../nbs/10_experiments/17j_paper.ipynb #3f3db1ee
-def _draw_arrow(ax, start, end, frames, style='-|>'):
+def _draw_arrow(ax, start, end, frames):
     "From one frame to another"
-    options = dict(arrowstyle=style, color=GREY, lw=1.2, shrinkA=4, shrinkB=4)
+    options = dict(arrowstyle='-|>', color=GREY, lw=1.2, shrinkA=4, shrinkB=4)
     options |= dict(patchA=frames[start], patchB=frames[end])
     middles = [_BOXES[name][0] for name in (end, start)]
     ax.annotate('', xy=middles[0], xytext=middles[1], arrowprops=options, zorder=0)

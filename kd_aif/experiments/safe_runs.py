@@ -15,6 +15,7 @@ from ..data.images import ImageData
 import kd_aif.experiments.methods  # noqa: F401  # registers the methods
 from ..distillation.result import Run
 from .context import Context
+from ..reporting.claims import of_method
 from ..reporting.methods import method_label, method_order
 from ..reporting.paired import paired_difference, PairedDifference
 from ..reporting.records import markdown_table, Record
@@ -27,9 +28,10 @@ def safe_metrics(
     context: Context,  # of the run, for the test set
 ) -> dict:  # {'safe': {'student': …, 'teacher': …}}, see `plain_measures`
     "SAFE measures of the networks of a run on its test set: `more_metrics` of `run_task`"
-    data, options = context.test.data, SafeOptions(seed=context.task.seed, progress=context.training.progress)
-    if isinstance(data, ImageData) and data.x.shape[1] == 3:
-        options = SafeOptions(protected=without_color, seed=options.seed, progress=options.progress)
+    data = context.test.data
+    in_color = isinstance(data, ImageData) and data.x.shape[1] == 3
+    shared = dict(seed=context.task.seed, progress=context.training.progress)
+    options = SafeOptions(protected=without_color if in_color else None, **shared)
     report = safe_report(run, context.test, options)
     return dict(safe={name: plain_measures(measures) for name, measures in report.measures.items()})
 
@@ -55,18 +57,13 @@ def mean_report(
     if not records:
         raise ValueError("records have no SAFE measures; run them with more_metrics=safe_metrics, or --safe")
     found = {}
-    if measures := _mean_measures(_of(records, teacher_of), 'teacher'):
+    if measures := _mean_measures(of_method(records, teacher_of), 'teacher'):
         found['teacher'] = _nested(measures)
     for name in method_order(r.method for r in records):
-        found[method_label(name)] = _nested(_mean_measures(_of(records, name), 'student'))
+        found[method_label(name)] = _nested(_mean_measures(of_method(records, name), 'student'))
     return SafeReport(found, records[0].dataset['rows']['test'])
 
 # %% ../../nbs/10_experiments/14b_safe_runs.ipynb #e3eb394d
-def _of(records, name):
-    "The records of one method"
-    return [r for r in records if r.method == name]
-
-
 def _nested(measures):
     "{'principle measure': value} → principle → {measure: value}"
     found = {}
@@ -132,7 +129,7 @@ def measure_difference(
     control: str,  # short name of the method that is subtracted
 ) -> PairedDifference:  # of the students
     "One measure of two methods, paired by seed; without a common seed where one was not measured"
-    ours, theirs = (_by_seed(_of(records, m), measure) for m in (method, control))
+    ours, theirs = (_by_seed(of_method(records, m), measure) for m in (method, control))
     return paired_difference(ours, theirs)
 
 # %% ../../nbs/10_experiments/14b_safe_runs.ipynb #3a2aa453
@@ -179,6 +176,6 @@ def mean_regions(
     network: str = 'student',  # or 'teacher'
 ) -> np.ndarray | None:  # (rows, columns); None where there are no regions
     "RGE by region of the image, mean over seeds"
-    found = [r.metrics['safe'].get(network, {}) for r in _of(records, method)]
+    found = [r.metrics['safe'].get(network, {}) for r in of_method(records, method)]
     grids = [f['explainable regions'] for f in found if 'explainable regions' in f]
     return np.mean(grids, axis=0) if grids else None

@@ -136,11 +136,11 @@ def explainable(
     "RGE of the regions of images or the parts of texts, the largest, and how concentrated they are"
     options = asked.options
     if 'attention_mask' in next(iter(eval_view(asked.batches))):
-        parts = part_rge(asked.network, asked.batches, options.n_parts, options.forward)
+        parts = part_rge(asked.network, asked.batches, options.n_parts, options.forward, asked.outputs)
         named = {f'rge {name}': value for name, value in parts.items()}
         values = list(parts.values())
         return dict(largest_rge=max(values), concentration=concentration(values), **named)
-    grid = region_rge(asked.network, asked.batches, options.size, options.forward)
+    grid = region_rge(asked.network, asked.batches, options.size, options.forward, asked.outputs)
     return dict(largest_rge=float(grid.max()), concentration=concentration(grid), regions=grid.tolist())
 
 # %% ../../nbs/08b_trust/06_principles.ipynb #8333cd11

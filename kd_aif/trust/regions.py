@@ -75,6 +75,7 @@ def region_rge(
     batches,  # batches with images under 'x'
     size: int = 4,  # rows and columns of the grid
     forward: Callable = default_forward,  # forward(model, batch) -> logits
+    full: np.ndarray | None = None,  # `predictions` of the batches as they are; None: made here
 ) -> np.ndarray:  # (size, size), in [0, 1]
     "RGE of each region of a grid. Raises `ValueError` for a grid that is finer than the images"
     first = next(iter(eval_view(batches)))
@@ -82,7 +83,7 @@ def region_rge(
         raise ValueError(
             f"size is {size}; images of {tuple(first['x'].shape[2:])} pixels allow that many at most"
         )
-    full, _ = predictions(model, batches, forward)
+    full = predictions(model, batches, forward)[0] if full is None else full
     found = np.zeros((size, size))
     for row, column in np.ndindex(size, size):
         changed = ChangedBatches(batches, lambda b: without_region(b, row, column, size))
@@ -118,6 +119,7 @@ def part_rge(
     batches,  # batches of texts
     n_parts: int = 3,  # of a single text; pairs have two
     forward: Callable = default_forward,  # forward(model, batch) -> logits
+    full: np.ndarray | None = None,  # `predictions` of the batches as they are; None: made here
 ) -> dict:  # name of the part -> RGE
     "RGE of the parts of a text. Raises `ValueError` for batches without an attention mask"
     first = next(iter(eval_view(batches)))
@@ -132,7 +134,7 @@ def part_rge(
         changes = {
             f'part {i + 1} of {n_parts}': lambda b, i=i: without_part(b, i, n_parts) for i in range(n_parts)
         }
-    full, _ = predictions(model, batches, forward)
+    full = predictions(model, batches, forward)[0] if full is None else full
     changed = {name: ChangedBatches(batches, change) for name, change in changes.items()}
     return {name: 1 - same_order(full, predictions(model, c, forward)[0]) for name, c in changed.items()}
 

@@ -659,8 +659,8 @@ def test_packing_removes_only_parts_of_an_earlier_packing(tmp_path):
     mine.parent.mkdir(parents=True)
     mine.write_text('x')
     sitting = Sitting('smoke', str(tmp_path / 'q'), str(tmp_path / 'r'))
-    for part_bytes, several in ((500_000, True), (60_000_000, False)):
+    for part_bytes, folders in ((500_000, 4), (60_000_000, 1)):
         settings = PartSettings('smoke', 60, part_bytes)
         pack_parts(queue_entries('smoke'), sitting, settings, tmp_path / 'parts')
-        assert (len([*mine.parents[1].glob('part-[0-9]')]) > 1) == several
+        assert len([*mine.parents[1].glob('part-[0-9]')]) == folders
     assert mine.read_text() == 'x'
