@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['directives', 'public_names', 'fold_label', 'alt_text', 'prepare_notebook', 'slug', 'page_link', 'mathml', 'Body',
-           'page_body']
+           'notebook_body', 'page_body']
 
 # %% ../../nbs/09_reporting/16c_page_bodies.ipynb #93adf9af
 import ast
@@ -146,7 +146,7 @@ _TEMPLATE = """
 """
 
 # %% ../../nbs/09_reporting/16c_page_bodies.ipynb #53077c40
-def _exporter(stem):
+def _exporter(stem, files=True, code=True):
     "An exporter of cells without prompts; `ImportError` says what to install"
     try:
         from jinja2 import DictLoader
@@ -155,9 +155,9 @@ def _exporter(stem):
     except ImportError as e:
         raise ImportError(f'the site needs {e.name}: pip install "kd_aif[dev]"') from None
     options = dict(exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
-    extract = dict(
-        enabled=True, output_filename_template=f'{stem}_files/{{cell_index}}_{{index}}{{extension}}'
-    )
+    options |= dict(exclude_input=not code)
+    names = f'{stem}_files/{{cell_index}}_{{index}}{{extension}}'
+    extract = dict(enabled=files, output_filename_template=names)
     loaders = [DictLoader({'page_body.html.j2': _TEMPLATE})]
     config = Config(ExtractOutputPreprocessor=extract)
     return HTMLExporter(config, extra_loaders=loaders, template_file='page_body.html.j2', **options)
@@ -252,12 +252,12 @@ def _draw_formulas(soup, parse):
         node.replace_with(parse(''.join(pieces) + html.escape(node[end:])))
 
 # %% ../../nbs/09_reporting/16c_page_bodies.ipynb #c556520c
-def _finish(soup, page: Page, source: str, parse: Callable):
+def _finish(soup, page: Page, link: Callable, parse: Callable):
     "Tables, figures, links, formulas"
     _box_tables(soup)
     _describe_images(soup, page.title)
-    for link in soup.select('a[href]'):
-        link['href'] = page_link(link['href'], page.path, source)
+    for anchor in soup.select('a[href]'):
+        anchor['href'] = link(anchor['href'])
     _draw_formulas(soup, parse)
     for quote in soup.select('.text_cell_render > h1 + blockquote'):
         quote['class'] = 'lead'
@@ -273,23 +273,37 @@ class Body:
     files: dict  # path from the folder of the page -> bytes, the figures
 
 # %% ../../nbs/09_reporting/16c_page_bodies.ipynb #dc63165e
-def page_body(
-    folder,  # of all notebooks
-    page: Page,  # one of them
-    source: str,  # address of the files of the repository, with the branch
+def notebook_body(
+    notebook,  # as nbformat reads it; changed in place
+    page: Page,  # what it is
+    link: Callable,  # of a target in the notebook: where the link of the page leads
+    files: bool = True,  # whether figures are files; otherwise they are part of the HTML
+    code: bool = True,  # whether code is shown
 ) -> Body:  # HTML and figures
     "Convert a notebook as it stands; nothing is run. Raises `ImportError` where nbconvert is missing."
-    exporter = _exporter(Path(page.path).stem)
-    import nbformat
+    exporter = _exporter(Path(page.path).stem, files, code)
     from bs4 import BeautifulSoup
 
     def parse(text):
         return BeautifulSoup(text, 'html.parser')
 
-    notebook = nbformat.read(Path(folder) / page.path, as_version=4)
     names = prepare_notebook(notebook, page.folded)
     text, resources = exporter.from_notebook_node(notebook)
     soup = parse(text)
     headings = _name_headings(soup)
-    _finish(soup, page, source, parse)
+    _finish(soup, page, link, parse)
     return Body(str(soup), headings, names, resources.get('outputs') or {})
+
+# %% ../../nbs/09_reporting/16c_page_bodies.ipynb #19371796
+def page_body(
+    folder,  # of all notebooks
+    page: Page,  # one of them
+    source: str,  # address of the files of the repository, with the branch
+) -> Body:  # HTML and figures
+    "Read a notebook and convert it for the site. Raises `ImportError` where nbconvert is missing."
+    try:
+        import nbformat
+    except ImportError:
+        raise ImportError('the site needs nbformat: pip install "kd_aif[dev]"') from None
+    notebook = nbformat.read(Path(folder) / page.path, as_version=4)
+    return notebook_body(notebook, page, lambda target: page_link(target, page.path, source))
