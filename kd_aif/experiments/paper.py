@@ -15,9 +15,9 @@ from matplotlib.patches import FancyBboxPatch
 from ..data.glue import GLUE
 from .tasks import TASKS
 from .text_tables import mean_gain
-from ..reporting.claims import gain, gain_words, strongest_rival
+from ..reporting.claims import gain, gain_cell, strongest_rival
 from ..reporting.figures import GREY, new_figure, RIGHT, WRONG
-from ..reporting.labels import counted
+from ..reporting.labels import counted, dataset_label
 from ..reporting.methods import method_label
 from ..reporting.records import Record
 
@@ -95,7 +95,6 @@ def settings_rows() -> tuple:  # header, and rows of texts
         'epochs',
         'learning rate',
         'batch',
-        'precision',
     ]
     return header, [_settings_row(t) for (_, tier), t in TASKS.items() if tier == 'lite']
 
@@ -103,9 +102,16 @@ def settings_rows() -> tuple:  # header, and rows of texts
 def _settings_row(task):
     "One task in words"
     rows = 'all' if task.n_train is None else f'{task.n_train:,}'
-    networks = task.teacher, task.student
-    numbers = str(task.epochs), f'{task.lr:g}', str(task.batch_size), task.precision
-    return [task.dataset, rows, f'{task.n_val:,}', *networks, *numbers]
+    networks = [_network_words(name) for name in (task.teacher, task.student)]
+    numbers = str(task.epochs), f'{task.lr:g}', str(task.batch_size)
+    return [dataset_label(task.dataset), rows, f'{task.n_val:,}', *networks, *numbers]
+
+
+def _network_words(name):
+    "Such as 'MiniLM, layers 0, 2, 4'; names of image networks are in the notebook of architectures"
+    start, _, layers = name.partition(':')
+    start = {'minilm': 'MiniLM'}.get(start, start)
+    return f"{start}, layers {layers.replace(',', ', ')}" if layers else start
 
 # %% ../../nbs/10_experiments/17j_paper.ipynb #f5cc65d9
 def gains_figure(
@@ -155,7 +161,7 @@ def claim_row(
     "A setting in one row: the gain over the control, and the strongest rival beside it"
     rival, d, n = strongest_rival(records, ours)
     named = method_label(rival) if rival else '–'
-    return [name, gain_words(gain(records, ours)), named, gain_words(d), str(n)]
+    return [name, gain_cell(gain(records, ours)), named, gain_cell(d), str(n)]
 
 # %% ../../nbs/10_experiments/17j_paper.ipynb #4eb744e5
 def whole_gains(

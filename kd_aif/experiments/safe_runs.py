@@ -165,7 +165,7 @@ def safe_verdict(
         d = measure_difference(records, measure, method, control)
         if d.n > 1 and (d.low > 0 or d.high < 0):
             gained = (d.mean < 0) == (measure in LOWER_IS_BETTER)
-            (better if gained else worse).append(MEASURES[measure][1].removesuffix(' (lower is better)'))
+            (better if gained else worse).append(MEASURES[measure][1].removesuffix(' ↓'))
     listed = [', '.join(found) if found else 'nothing' for found in (better, worse)]
     return f'{method_label(method)} against {method_label(control)}: better in {listed[0]}; worse in {listed[1]}.'
 

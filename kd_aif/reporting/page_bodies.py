@@ -202,13 +202,14 @@ def page_link(
     target: str,  # of a link in a notebook
     page: str,  # path of the notebook, from the folder of all notebooks
     source: str,  # address of the files of the repository, with the branch
+    site: bool = True,  # whether other notebooks have pages beside this one
 ) -> str:  # where the link of the page leads
     "A link of a notebook as a link of its page"
     if re.match(r'[a-z][a-z0-9+.-]*:|#|//', target, re.IGNORECASE):
         return target
     path, mark, anchor = target.partition('#')
     whole = posixpath.normpath(posixpath.join('nbs', posixpath.dirname(page), path))
-    if whole.startswith('nbs/') and path.endswith('.ipynb'):
+    if site and whole.startswith('nbs/') and path.endswith('.ipynb'):
         return path.removesuffix('.ipynb') + '.html' + mark + anchor
     return f'{source}/{whole}{mark}{anchor}'
 
