@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fastcore.script import call_parse
+from fastcore.script import call_parse, Param
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from ..data.glue import GLUE, load_glue
 from ..data.sources import DATASETS, load_images
@@ -33,6 +35,8 @@ from ..reporting.html import html_report
 from ..reporting.image_plots import helpful_images
 from ..reporting.labels import metric
 from ..reporting.methods import runnable_methods
+from ..reporting.paper_page import PaperFiles, write_paper
+from ..reporting.printing import both_forms, print_pdf, write_figures
 from ..reporting.record_files import load_records
 from ..reporting.records import headline_metric, headline_score
 from ..reporting.report import report_sections
@@ -253,30 +257,79 @@ def _write_site(out):
     print(f'{len(pages)} pages: {pages[0].resolve()}')
 
 # %% ../../nbs/10_experiments/19_cli.ipynb #97c5be03
+_PAPER = Path('nbs/90_report.ipynb')  # in the root of a source checkout
+
+
+def _write_project_report(out, pdf):
+    "Run the notebook of the report and write it"
+    try:
+        written = write_paper(out, _PAPER.parent, _PAPER.name, pdf)
+    except ImportError as e:
+        raise ValueError(f'records: {e}, or give a folder of records') from None
+    _say_written('report', written, pdf)
+
+# %% ../../nbs/10_experiments/19_cli.ipynb #8820ef30
+def _say_written(what, written, wanted):
+    "Where the page is, how many files of figures, and the PDF or why there is none"
+    page, pdf = written.page, written.pdf
+    if wanted and pdf is None:
+        printed = 'no PDF: no browser of the Chromium family was found'
+    else:
+        printed = f'PDF {pdf.name}' if pdf else 'no PDF'
+    print(f'{what}: {page.resolve()}; {len(written.figures)} files in {page.stem}_figures; {printed}')
+
+# %% ../../nbs/10_experiments/19_cli.ipynb #f83ee75b
+def _all_sections(folder):
+    "Sections of the report of a folder, and the number of records in them"
+    everything = _records_of(folder)
+    full = [r for r in everything if in_full_tier(r)]
+    others = [r for r in everything if headline_score(r) is not None and not in_full_tier(r)]
+    if not others + full:
+        raise ValueError(
+            f"records: there is none in {Path(folder).resolve()}; "
+            f"make some with kd_aif_run, or give another folder"
+        )
+    sections = report_sections(others)
+    if any(r.experiment in TITLES for r in everything):
+        sections += full_tier_sections(full, Path(folder).parent / 'published')
+    return sections, len(others + full)
+
+# %% ../../nbs/10_experiments/19_cli.ipynb #6933a41b
+def _records_of(folder):
+    "Records of all experiments in a folder, or of the one whose folder it is"
+    folder = Path(folder)
+    one = any(folder.glob('*.jsonl'))
+    return load_records(folder.parent, folder.name) if one else load_records(folder)
+
+# %% ../../nbs/10_experiments/19_cli.ipynb #39e294a1
+def _write_records_report(folder, out, pdf):
+    "A page of a folder of records"
+    sections, n = _all_sections(folder)
+    page = html_report(out, 'kd_aif: results', sections)
+    drawn = [item for _, items in sections for item in items if isinstance(item, (Axes, Figure))]
+    figures = write_figures(page.with_name(f'{page.stem}_figures'), map(both_forms, drawn))
+    printed = print_pdf(page, page.with_suffix('.pdf')) if pdf else None
+    _say_written(f'{n} records', PaperFiles(page, figures, printed), pdf)
+
+# %% ../../nbs/10_experiments/19_cli.ipynb #eef0cb7c
+_RECORDS = Param('folder of records; default the report of the project', str, opt=False, nargs='?')
+
+
 @call_parse
 def kd_aif_report(
-    records: str = 'reports/results',  # folder of the records
-    out: str = 'reports/report.html',  # page to write
+    records: _RECORDS = None,
+    out: str = 'reports/report.html',  # page to write; PDF and figures go beside it
     site: str = None,  # folder of a site of all notebooks, made instead; needs a source checkout
+    pdf: bool = True,  # whether the page is printed, by a browser of the Chromium family
 ):
-    "Make one self-contained page with tables and figures of all records, or a site; trains nothing"
+    "Write the report of the project, or of a folder of records, as one page, PDF and figures; trains nothing"
     with plain_errors():
         if site:
             return _write_site(site)
-        everything = load_records(records)
-        full = [r for r in everything if in_full_tier(r)]
-        others = [r for r in everything if headline_score(r) is not None and not in_full_tier(r)]
-        found = others + full
-        if not found:
-            raise ValueError(
-                f"records: there is none in {Path(records).resolve()}; "
-                f"make some with kd_aif_run, or give --records another folder"
-            )
-        sections = report_sections(others)
-        if any(r.experiment in TITLES for r in everything):
-            sections += full_tier_sections(full, Path(records).parent / 'published')
-        page = html_report(out, 'kd_aif: results', sections)
-        print(f'{len(found)} records: {page.resolve()}')
+        check_folder(Path(out).parent)
+        if records is None and _PAPER.exists():
+            return _write_project_report(out, pdf)
+        _write_records_report(records or 'reports/results', out, pdf)
 
 # %% ../../nbs/10_experiments/19_cli.ipynb #19-cli-042
 def _both_splits(name, folder, hub):

@@ -39,7 +39,7 @@ def print_pdf(
 ) -> Path | None:  # the PDF; None where there is no browser
     """Print a page to PDF, whole or not at all.
 
-    Raises RuntimeError if the browser prints nothing or takes too long."""
+    Raises OSError if the browser prints nothing or takes too long."""
     browser = browser or find_browser()
     if browser is None:
         return None
@@ -51,16 +51,16 @@ def print_pdf(
             [browser, *options, f'--print-to-pdf={temporary}', Path(page).resolve().as_uri()], seconds
         )
         if not temporary.exists():
-            raise RuntimeError(f'{browser} printed nothing; it said: {said[-500:] or "nothing"}')
+            raise OSError(f'{browser} printed nothing; it said: {said[-500:] or "nothing"}')
     return Path(out)
 
 # %% ../../nbs/09_reporting/17b_printing.ipynb #8f7486e9
 def _run(command, seconds):
-    "Run a program and give what it said; RuntimeError if it takes too long"
+    "Run a program and give what it said; OSError if it takes too long"
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors='replace', timeout=seconds)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f'{command[0]} took more than {seconds:g} s; print the page by hand') from None
+        raise OSError(f'{command[0]} took more than {seconds:g} s; print the page by hand') from None
     return done.stderr.strip()
 
 # %% ../../nbs/09_reporting/17b_printing.ipynb #47331b12

@@ -607,7 +607,7 @@ def test_quickstart(console):
     for r in rows:
         assert f"{100 * r['test_accuracy']:.2f}" in page, 'the table holds the numbers of the summary'
 
-    code, out, err = console('kd_aif_report', '--records', first / 'results', '--out', 'all.html')
+    code, out, err = console('kd_aif_report', first / 'results', '--out', 'all.html')
     assert (
         code == 0
         and out.startswith(f'{len(rows)} records: ')
@@ -617,7 +617,7 @@ def test_quickstart(console):
     broken = next(Path('moved').rglob('*.jsonl'))
     broken.write_text(broken.read_text()[:50])
     Path('all.html').unlink()
-    code, out, err = console('kd_aif_report', '--records', 'moved', '--out', 'all.html')
+    code, out, err = console('kd_aif_report', 'moved', '--out', 'all.html')
     assert code == 2 and broken.name in err and not Path('all.html').exists()
 
 
@@ -631,7 +631,7 @@ def test_quickstart_refuses(args, console):
 def test_report_without_records(made, console):
     if made:
         Path('none').mkdir()
-    code, out, err = console('kd_aif_report', '--records', 'none', '--out', 'page.html')
+    code, out, err = console('kd_aif_report', 'none', '--out', 'page.html')
     assert (
         code == 2
         and 'kd_aif_run' in err
