@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..data.images import ImageData
+from ..data.images import ImageData, subset
 from ..foundation.batches import eval_view
 from ..foundation.core import bar_options, generator
 from ..models.features import default_forward
@@ -44,6 +44,7 @@ class SafeOptions:
     n_parts: int = 3  # parts of a text
     forward: Callable = default_forward  # forward(model, batch) -> logits
     n_resamples: int = 200  # of the bootstrap
+    n_disturbed: int | None = None  # test images for regions, disturbances and costs; None: all
     seed: int = 0  # of what is random
     progress: bool = True  # show a bar
 
@@ -202,6 +203,19 @@ PRINCIPLES = dict(
     sustainable=sustainable, accurate=accurate, fair=fair, explainable=explainable, robust=robust
 )  # principle -> what measures it
 
+# %% ../../nbs/08b_trust/06_principles.ipynb #39598aa8
+_ON_A_PART = 'sustainable', 'explainable', 'robust'
+
+
+def _part(asked):
+    "The same network on as many images as the options ask for"
+    n, data = asked.options.n_disturbed, getattr(asked.batches, 'data', None)
+    if n is None or not isinstance(data, ImageData) or n >= len(data):
+        return asked
+    few = type(asked.batches)(subset(data, n, asked.options.seed), asked.batches.batch_size, shuffle=False)
+    outputs, y = predictions(asked.network, few, asked.options.forward)
+    return replace(asked, batches=few, outputs=outputs, y=y)
+
 # %% ../../nbs/08b_trust/06_principles.ipynb #b9e5b889
 def measure_network(
     network: nn.Module,  # used in eval mode
@@ -216,4 +230,5 @@ def measure_network(
         )
     asked = _Asked(network, batches, options, outputs, y)
     bar = tqdm(PRINCIPLES.items(), desc='SAFE', leave=False, **bar_options(options.progress))
-    return {principle: measure(asked) for principle, measure in bar}
+    part = _part(asked)
+    return {name: measure(part if name in _ON_A_PART else asked) for name, measure in bar}
