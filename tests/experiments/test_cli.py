@@ -14,6 +14,7 @@ from kd_aif.experiments.options import command_parser, field_comments, read_opti
 from kd_aif.experiments.ssl_tasks import SSLTask
 from kd_aif.experiments.tasks import Task
 from kd_aif.foundation.state_files import load_state
+from kd_aif.reporting.conclusions import conclude
 from kd_aif.reporting.record_files import load_records
 
 
@@ -638,6 +639,28 @@ def test_report_without_records(made, console):
         and str(Path('none').resolve()) in err
         and not Path('page.html').exists()
     )
+
+
+def test_report_of_one_experiment(console, monkeypatch):
+    "The folder of one experiment will do; the page begins with a conclusion, and its figures are files too"
+    monkeypatch.setattr('kd_aif.reporting.printing.find_browser', lambda: None)
+    folder = Path(__file__).parents[2] / 'reports' / 'results' / 'quickstart'
+    code, out, err = console('kd_aif_report', folder, '--out', 'mine/page.html')
+    assert code == 0 and out.startswith('18 records: ') and 'no PDF: no browser' in out, (out, err)
+    page = Path('mine/page.html').read_text()
+    conclusion = str(conclude(load_records(folder.parent, folder.name)))
+    first = conclusion.partition(':')[0]
+    assert first in page and page.index(first) < page.index('<table'), 'what may be concluded comes first'
+    figures = [f for f in files('mine') if f.startswith('page_figures')]
+    assert len(figures) == 2 * page.count('<img') > 0
+    assert files('mine') == sorted(['page.html', *figures])
+
+
+def test_report_with_a_broken_browser(console, monkeypatch):
+    monkeypatch.setattr('kd_aif.reporting.printing.find_browser', lambda: shutil.which('true'))
+    folder = Path(__file__).parents[2] / 'reports' / 'results' / 'quickstart'
+    code, out, err = console('kd_aif_report', folder, '--out', 'page.html')
+    assert code == 2 and 'printed nothing' in err and not Path('page.pdf').exists()
 
 
 def test_data(console):

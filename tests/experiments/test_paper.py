@@ -39,7 +39,8 @@ def symmetric_noise():
 def mutated(tmp_path, monkeypatch):
     "The report on records of which one has another accuracy"
     monkeypatch.delenv('MPLBACKEND', raising=False)
-    shutil.copytree(ROOT / 'reports' / 'results', tmp_path / 'reports' / 'results')
+    for name in ('results', 'development'):
+        shutil.copytree(ROOT / 'reports' / name, tmp_path / 'reports' / name)
     file = tmp_path / 'reports' / 'results' / '24_noise_and_shift' / 'lite.jsonl'
     records = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
     noise = dict(kind='symmetric', rate=0.4, seed=0)
