@@ -68,7 +68,7 @@ def _limits(rows, zero):
     "Ends of the axis: all dots and runs, and at most as much again for intervals."
     inner = [v for r in rows for v in (r.value, *r.runs)] + ([] if zero is None else [zero])
     low, high = min(inner), max(inner)
-    room = max(0.4 * (high - low), 1e-9)
+    room = max(0.4 * (high - low), 0.05 * abs(high), 1e-6)
     ends = [v for r in rows for v in (r.low, r.high) if math.isfinite(v)]
     low, high = max(min([low, *ends]), low - room), min(max([high, *ends]), high + room)
     return low - 0.15 * room, high + 0.15 * room
