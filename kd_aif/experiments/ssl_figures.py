@@ -63,7 +63,7 @@ def line_style(
     if not is_highlighted(name):
         return dict(color='.72', ls='-', lw=0.9, zorder=1)
     style = method_style(name)
-    dashes = (0, (1, 1)) if is_ceiling(name) else style.dashes
+    dashes = (0, (7, 2)) if is_ceiling(name) else style.dashes
     return dict(color=style.colour, ls=dashes, lw=2.2 if METHODS[name].family == 'kd_aif' else 1.8, zorder=3)
 
 # %% ../../nbs/10_experiments/16_ssl_figures.ipynb #ccdc4db4
