@@ -40,7 +40,7 @@ def _titled(figure, records):
 # %% ../../nbs/10_experiments/16_ssl_figures.ipynb #16-ssl-figures-012
 RIVAL = 'fixmatch'  # short name of the rival that curves highlight
 
-
+# %% ../../nbs/10_experiments/16_ssl_figures.ipynb #c13b8d6f
 def is_ceiling(
     name: str,  # short name of a method
 ) -> bool:  # it learns from the labels of the unlabelled images
@@ -55,7 +55,7 @@ def is_highlighted(
     "Whether curves of a method stand out"
     return name in METHODS and (name == RIVAL or METHODS[name].family in ('control', 'kd_aif'))
 
-
+# %% ../../nbs/10_experiments/16_ssl_figures.ipynb #d94dc83e
 def line_style(
     name: str,  # short name of a method
 ) -> dict:  # color, ls, lw and zorder for matplotlib
@@ -74,7 +74,7 @@ def _gain(forms, records):
     runs = [100 * (values[s] - base[s]) for s in values if s in base]
     return paired_difference(values, base).scaled(100), runs
 
-
+# %% ../../nbs/10_experiments/16_ssl_figures.ipynb #960ff324
 def _gain_row(forms, label, method, records):
     "A row, or None without a common seed"
     gain, runs = _gain(forms, records)
@@ -118,7 +118,8 @@ def _mean_curve(records, key):
         for h in r.history:
             if h.get(key) is not None:
                 found.setdefault(h['step'], []).append(100 * h[key])
-    return [*found], [np.mean(v) for v in found.values()]
+    steps = sorted(found)
+    return steps, [np.mean(found[step]) for step in steps]
 
 # %% ../../nbs/10_experiments/16_ssl_figures.ipynb #16-ssl-figures-020
 def _has_curves(record):
@@ -160,7 +161,8 @@ def pseudo_label_curves(
 def _reliability(records, name):
     "Middles of the bins with 10 pseudo-labels or more over all runs, and the right ones among them, percent"
     each = [r.metrics[f'{name}_histogram'] for r in records]
-    right, wrong = (np.sum([h[kind] for h in each], axis=0) for kind in ('right', 'wrong'))
+    right = np.sum([h['right'] for h in each], axis=0)
+    wrong = np.sum([h['wrong'] for h in each], axis=0)
     edges, n = np.array(each[0]['edges']), right + wrong
     some = n >= 10
     return 100 * ((edges[1:] + edges[:-1]) / 2)[some], 100 * right[some] / n[some]
@@ -171,7 +173,7 @@ def _auc_suffix(records, name):
     aucs = [a for r in records if (a := r.metrics.get(f'{name}_auc')) is not None]
     return f', AUC {np.mean(aucs):.2f}' if aucs else ''
 
-
+# %% ../../nbs/10_experiments/16_ssl_figures.ipynb #f0215d76
 def _confidence_curves(records):
     "(label, method, records, name of the histogram, whether it is from before calibration)"
     curves = []
@@ -192,7 +194,7 @@ def _draw_reliability(ax, label, method, records, name):
     words = words if is_highlighted(method) else f'_{words}'
     ax.plot(*_reliability(records, name), label=words, **style)
 
-
+# %% ../../nbs/10_experiments/16_ssl_figures.ipynb #cd915fbf
 def confidence_figure(
     records,  # list of `Record` of one setting
 ) -> Figure | None:  # not registered with pyplot; None without a histogram
@@ -214,12 +216,17 @@ def confidence_figure(
     figure.legend(*ax.get_legend_handles_labels(), loc='outside right center', frameon=False, fontsize=8.5)
     return _titled(figure, records)
 
+# %% ../../nbs/10_experiments/16_ssl_figures.ipynb #1b01dd38
+def _run_seconds(record):
+    "Seconds of a whole run"
+    return sum(v for v in record.seconds.values() if v)
+
 # %% ../../nbs/10_experiments/16_ssl_figures.ipynb #16-ssl-figures-036
 def _cost_rows(forms):
     "Seconds and accuracy, label -> row"
     seconds, accuracy = {}, {}
     for label, m, rs in forms:
-        spent = [sum(v for v in r.seconds.values() if v) for r in rs]
+        spent = list(map(_run_seconds, rs))
         right = [100 * r.metrics['test_accuracy'] for r in rs]
         seconds[label] = method_row(m, float(np.mean(spent)), spent, label)
         accuracy[label] = method_row(m, float(np.mean(right)), right, label)

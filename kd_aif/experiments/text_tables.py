@@ -118,7 +118,7 @@ def _gain_rows(records, methods, wrong, control):
             rows[name] = method_row(name, gain, _gains_by_task(values[name], values[control]))
     return rows
 
-
+# %% ../../nbs/10_experiments/17h_text_tables.ipynb #bf5d00a7
 def gains_figure(
     records,  # list of `Record` of one experiment and tier
     methods,  # short names
@@ -141,8 +141,7 @@ def text_weights_figure(
     method: str = 'kd_aif_student',  # whose weights
 ) -> Figure | None:  # not registered with pyplot; None without a run
     "Histograms of the weights of right and of wrong labels, by task, of the smallest seed"
-    runs = {task: [r for r in records if _is_noisy_run(r, task, method)] for task in tasks}
-    shown = {task: min(own, key=lambda r: r.seed) for task, own in runs.items() if own}
+    shown = {task: run for task in tasks if (run := _first_run(records, task, method))}
     if not shown:
         return None
     columns, rows = min(len(shown), 2), -(-len(shown) // 2)
@@ -155,6 +154,12 @@ def text_weights_figure(
     for ax in axes[len(shown) :]:
         ax.set_visible(False)
     return figure
+
+# %% ../../nbs/10_experiments/17h_text_tables.ipynb #c47e6177
+def _first_run(records, task, method):
+    "The run of the smallest seed; None without one"
+    runs = [r for r in records if _is_noisy_run(r, task, method)]
+    return min(runs, key=lambda r: r.seed, default=None)
 
 # %% ../../nbs/10_experiments/17h_text_tables.ipynb #d03a2595
 def _is_noisy_run(record, task, method):
@@ -215,7 +220,7 @@ def cost_figure(
     costs = {m: relative_cost(records, m, True, control) for m in methods}
     gains = _gain_rows(records, methods, True, control)
     costs = {m: method_row(m, c) for m, c in costs.items() if math.isfinite(c) and m in gains}
-    order = [m for _, m in sorted((row.value, m) for m, row in costs.items())]
+    order = sorted(costs, key=lambda m: costs[m].value)
     columns = {'cost of a run': costs, 'mean gain, 95 % interval': {m: gains[m] for m in order}}
     words = 'seconds over those of the control', 'points over the control'
     look = dict(order=order, zeros=(1.0, 0.0), legend=True)

@@ -21,7 +21,7 @@ def seeds_text(
         return f'seeds {found[0]} to {found[-1]}'
     return f"seed{'s' if len(found) != 1 else ''} {', '.join(map(str, found))}"
 
-
+# %% ../../nbs/09_reporting/10d_captions.ipynb #1e41b19b
 def _range(numbers, unit):
     "One number, or the smallest and the largest"
     found = sorted(set(numbers))

@@ -53,7 +53,7 @@ def sorted_rows(
     "Rows in the order of their values."
     return sorted(rows, key=lambda r: -r.value)
 
-
+# %% ../../nbs/09_reporting/11b_dot_plots.ipynb #7113de13
 def _draw_row(ax, y, row):
     "Interval, runs and dot."
     if math.isfinite(row.low):
@@ -68,7 +68,7 @@ def _limits(rows, zero):
     "Ends of the axis: all dots and runs, and at most as much again for intervals."
     inner = [v for r in rows for v in (r.value, *r.runs)] + ([] if zero is None else [zero])
     low, high = min(inner), max(inner)
-    room = max(0.4 * (high - low), 0.05 * abs(high), 1e-6)
+    room = max(0.4 * (high - low), 0.05 * abs(high), 0.05)
     ends = [v for r in rows for v in (r.low, r.high) if math.isfinite(v)]
     low, high = max(min([low, *ends]), low - room), min(max([high, *ends]), high + room)
     return low - 0.15 * room, high + 0.15 * room
@@ -102,7 +102,7 @@ def draw_dots(
 # %% ../../nbs/09_reporting/11b_dot_plots.ipynb #5b7be4ca
 ROW, HEAD = 0.23, 0.62  # inches: of a row, and of what a panel has beside its rows
 
-
+# %% ../../nbs/09_reporting/11b_dot_plots.ipynb #8939b54f
 def role_legend(
     figure: Figure,  # where to draw
     methods,  # short names of the methods that are drawn
@@ -134,6 +134,11 @@ def stacked_dots(
         role_legend(figure, methods)
     return figure
 
+# %% ../../nbs/09_reporting/11b_dot_plots.ipynb #946b5d21
+def _labels(columns):
+    "Name -> label"
+    return {name: row.label for rows in columns.values() for name, row in rows.items()}
+
 # %% ../../nbs/09_reporting/11b_dot_plots.ipynb #be073593
 def beside_dots(
     columns: dict,  # title -> dict of name -> `DotRow`
@@ -151,11 +156,11 @@ def beside_dots(
     zeros = list(zeros) * (len(columns) if len(zeros) == 1 else 1)
     figure = new_figure(8.5, HEAD + ROW * len(order) + (0.7 if legend else 0.2), label)
     axes = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
-    words = {n: next(rows[n].label for rows in columns.values() if n in rows) for n in order}
+    words = _labels(columns)
     for ax, (title, rows), x_label, zero in zip(axes, columns.items(), x_labels, zeros):
         draw_dots(ax, [rows.get(n) for n in order], zero, absent).set_title(title, fontsize=10)
         ax.set_xlabel(x_label, fontsize=9)
-    axes[0].set_yticks(range(len(order)), words.values(), fontsize=9)
+    axes[0].set_yticks(range(len(order)), [words[n] for n in order], fontsize=9)
     if legend:
         role_legend(figure, order)
     return figure

@@ -70,7 +70,7 @@ def _is_drawn(text):
     ax = text.axes
     return ax is None or ax.get_visible() and (ax.axison or text in (*ax.texts, ax.title))
 
-
+# %% ../../nbs/09_reporting/11_figures.ipynb #78a9165a
 def _points(text):
     "Size of the smallest part of a text."
     words = text.get_text()
@@ -98,7 +98,8 @@ def save_figure(
 ) -> Path:  # the file
     """Write a figure as PNG, in one step and without the date.
 
-    Raises ValueError for text below 8 points at the size shown, or a file larger than `limit`; nothing is written then."""
+    Raises ValueError for text below 8 points at the size shown, or a file larger than `limit`.
+    Nothing is written then."""
     if small := small_texts(figure, dpi):
         text, size = min(small.items(), key=lambda item: item[1])
         raise ValueError(

@@ -39,6 +39,8 @@ ROLES = {  # role -> what its methods are, in the order of legends
     'oracle': 'oracle: knows the wrong labels',
     'check': 'check: weights without information',
 }
+
+# %% ../../nbs/09_reporting/01_methods.ipynb #c32b3f06
 _ROLE_OF = dict(  # family -> role, where it has another name
     kd_aif='ours', loss='losses', feature='losses', assistant='losses', online='losses', score='control'
 )
@@ -70,13 +72,14 @@ class Method:
         if self.part not in ('', *ROLES):
             raise ValueError(f"part is {self.part!r}: use one of {', '.join(ROLES)}, or nothing")
 
-    @property
-    def role(self) -> str:  # one of `ROLES`
-        "Its part in a comparison."
-        influence = self.family == 'kd_aif' or self.calibrated and self.family in ('loss', 'feature')
-        if influence and not self.part:
-            return 'ours_student' if self.mechanism == 'student' else 'ours'
-        return self.part or _ROLE_OF.get(self.family, self.family)
+# %% ../../nbs/09_reporting/01_methods.ipynb #5e4d1a93
+@patch(as_prop=True)
+def role(self: Method) -> str:  # one of `ROLES`
+    "Its part in a comparison."
+    influence = self.family == 'kd_aif' or self.calibrated and self.family in ('loss', 'feature')
+    if influence and not self.part:
+        return 'ours_student' if self.mechanism == 'student' else 'ours'
+    return self.part or _ROLE_OF.get(self.family, self.family)
 
 # %% ../../nbs/09_reporting/01_methods.ipynb #6d4bfede
 @patch

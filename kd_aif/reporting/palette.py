@@ -39,6 +39,8 @@ STYLES = {  # role -> style
     'oracle': RoleStyle('#a92fd1', '*', (0, (1, 1))),
     'check': RoleStyle('#65644f', 'h', (0, (2, 3))),
 }
+
+# %% ../../nbs/09_reporting/10c_palette.ipynb #49b0e8a0
 UNKNOWN = RoleStyle('#6b6b6b', '.', '-')  # a name that is not registered
 
 # %% ../../nbs/09_reporting/10c_palette.ipynb #0a53ec34
@@ -48,7 +50,7 @@ def method_style(
     "How a method is drawn, in every figure."
     return STYLES[METHODS[name].role] if name in METHODS else UNKNOWN
 
-
+# %% ../../nbs/09_reporting/10c_palette.ipynb #d77fc7b1
 def method_colours(
     methods: Iterable[str],  # short names of methods
 ) -> dict:  # method -> colour
