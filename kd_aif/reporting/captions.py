@@ -33,7 +33,8 @@ def _runs_text(records):
     "Seeds, and how many of them each method has in one setting"
     counts = {}
     for r in records:
-        key = r.method, r.dataset['name'], str(r.dataset['noise']), str(r.dataset.get('imbalance'))
+        noise = {k: v for k, v in r.dataset['noise'].items() if k != 'seed'}
+        key = r.experiment, r.method, r.dataset['name'], str(noise), str(r.dataset.get('imbalance'))
         counts.setdefault(key, set()).add(r.seed)
     sizes = {len(seeds) for seeds in counts.values()}
     text = seeds_text(r.seed for r in records)
@@ -52,6 +53,6 @@ def figure_caption(
     n = [f"n = {_range(tests, 'test samples')}"] if tests else []
     tiers = ' and '.join(sorted({r.tier for r in records}))
     parts = '; '.join([*n, _runs_text(records), f'tier {tiers}'])
-    missing = ', '.join(map(method_label, method_order(not_run)))
+    missing = '; '.join(map(method_label, method_order(not_run)))
     missing = f' Not run: {missing}.' if missing else ''
     return f'*{shows}. {parts if n else parts.capitalize()}.{missing}*'

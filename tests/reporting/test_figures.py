@@ -113,8 +113,9 @@ def test_a_row_has_the_ends_of_its_interval():
     assert np.isnan(method_row('kd', 1.0).low)
 
 
-def record(method, seed, test=8372, tier='lite'):
-    data = dict(name='svhn', rows=dict(train=900, test=test), noise=dict(kind='none'))
+def record(method, seed, test=8372, tier='lite', **noise):
+    noise = dict(kind='symmetric', seed=seed, **noise) if noise else dict(kind='none')
+    data = dict(name='svhn', rows=dict(train=900, test=test), noise=noise)
     fields = dict(experiment='22_demo', tier=tier, teacher='', student='cnn32', config={})
     return make_record(
         dataset=data, method=method, seed=seed, metrics=dict(test_accuracy=0.5), seconds=dict(a=1.0), device='cpu', **fields
@@ -124,6 +125,8 @@ def record(method, seed, test=8372, tier='lite'):
 def test_captions_follow_the_records():
     runs = [record('kd', s) for s in (0, 1, 2)]
     assert figure_caption(runs, 'Accuracy') == '*Accuracy. n = 8,372 test samples; seeds 0 to 2; tier lite.*'
+    noisy = [record('kd', s, rate=rate) for rate, n in ((0.2, 1), (0.4, 3)) for s in range(n)]
+    assert 'seeds 0 to 2, 1 to 3 of them for each method;' in figure_caption(noisy, 'Accuracy')
     more = [*runs, record('mwn', 4), record('mwn', 5, test=26_032, tier='full')]
     text = figure_caption(more, 'Accuracy', ['oracle'])
     assert 'n = 8,372 to 26,032 test samples' in text and '2 to 3 of them for each method' in text
