@@ -63,12 +63,15 @@ def sample_values(
     return v.astype(dtype)
 
 # %% ../../nbs/09_reporting/11_figures.ipynb #b51eb391
-def _is_drawn(text):
-    "Whether a text is visible and not empty."
-    if not text.get_visible() or not text.get_text().strip():
-        return False
-    ax = text.axes
-    return ax is None or ax.get_visible() and (ax.axison or text in (*ax.texts, ax.title))
+def _undrawn(figure):
+    "Texts of axes that are hidden, and ticks of those that are switched off."
+    texts = set()
+    for ax in figure.axes:
+        if not ax.get_visible():
+            texts.update(ax.findobj(Text))
+        elif not ax.axison:
+            texts.update(ax.xaxis.findobj(Text), ax.yaxis.findobj(Text))
+    return texts
 
 # %% ../../nbs/09_reporting/11_figures.ipynb #78a9165a
 def _points(text):
@@ -85,8 +88,9 @@ def small_texts(
     figure.draw_without_rendering()
     shrunk = min(1.0, PAGE / (figure.get_figwidth() * dpi))
     scale = shrunk * dpi / SCREEN
-    drawn = filter(_is_drawn, figure.findobj(Text))
-    sizes = {text.get_text(): round(scale * _points(text), 1) for text in drawn}
+    drawn = set(figure.findobj(Text)) - _undrawn(figure)
+    shown = [text for text in drawn if text.get_visible() and text.get_text().strip()]
+    sizes = {text.get_text(): round(scale * _points(text), 1) for text in shown}
     return {text: size for text, size in sizes.items() if size < SMALLEST}
 
 # %% ../../nbs/09_reporting/11_figures.ipynb #c5ade577

@@ -18,6 +18,7 @@ from kd_aif.reporting.figures import new_figure, PAGE, save_figure, small_texts
 from kd_aif.reporting.paired import paired_difference
 from kd_aif.reporting.palette import method_style
 from kd_aif.reporting.records import make_record
+from kd_aif.reporting.summary import summary_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / 'nbs' / '10_experiments').glob('2[0-9]*.ipynb'))
@@ -75,6 +76,24 @@ def test_pages_take_colours_from_the_palette(path):
         source = ''.join(cell['source']) if cell['cell_type'] == 'code' else ''
         assert not re.search(r"color_palette|\btab(10|20)\b|'C\d'", source), source
         assert not re.search(r'\.savefig\(|fontsize=[1-7]\b|labelsize=[1-7]\b', source), source
+
+
+def cut_cells(text):
+    "Cells of tables that pandas has cut off"
+    return re.findall(r'<td>[^<]*\.\.\.</td>|<t[dh]>\.\.\.</t[dh]>', text)
+
+
+@pytest.mark.parametrize('path', [p for p in PAGES if p.stem != '23b_own_sentences'], ids=lambda p: p.stem)
+def test_no_number_or_name_of_a_table_is_cut_off(path):
+    "Sentences of the page that is left out are shortened on purpose"
+    assert not cut_cells(path.read_text(encoding='utf-8'))
+
+
+def test_long_cells_of_summaries_are_whole():
+    long = 'KD-AIF, student, a label that is longer than fifty characters of pandas'
+    table = summary_table([record('kd', s) for s in range(2)])
+    table.rows[0]['label'] = long
+    assert f'<td>{long}</td>' in table._repr_html_() and cut_cells('<td>0.758 and 0...</td>')
 
 
 def test_rows_are_sorted_and_intervals_do_not_hide_dots():
