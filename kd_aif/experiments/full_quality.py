@@ -8,7 +8,8 @@ __all__ = ['LIMIT', 'quality_table', 'fraction_errors', 'quality_sentence', 'qua
 # %% ../../nbs/10_experiments/17e_full_quality.ipynb #2a12d0fd
 from .expected_runs import RunGroup
 from .full_tables import is_ours, PUBLISHED_FORM
-from ..reporting.figures import GREY, method_colours, new_figure
+from ..reporting.dot_plots import method_row, stacked_dots
+from ..reporting.figures import GREY
 from ..reporting.forms import method_forms, metric_by_seed
 from ..reporting.labels import counted
 from ..reporting.methods import method_label, METHODS
@@ -85,37 +86,26 @@ def quality_sentence(
     return f'**What came out:** {"; ".join(parts)}.'
 
 # %% ../../nbs/10_experiments/17e_full_quality.ipynb #8314de9b
-def _draw_errors(ax, group):
+def _error_rows(group):
     "Errors of a group in points"
-    forms = [
-        (label, m, rs) for label, m, rs in method_forms(group.records) if label in fraction_errors(group)
-    ]
-    colours = method_colours([m for _, m, _ in forms])
-    for y, (label, method, own) in enumerate(forms):
-        found, true = (metric_by_seed(own, m) for m in ('clean_fraction', 'true_clean_fraction'))
-        points = [100 * (found[s] - true[s]) for s in found if s in true]
-        ax.plot(points, [y] * len(points), 'o', ms=5, color=colours[method], mec='white')
-        ax.plot(sum(points) / len(points), y, 'D', ms=7, color=colours[method], mec='white')
-    ax.set_yticks(range(len(forms)), [label for label, *_ in forms])
-    ax.set_ylim(len(forms) - 0.5, -0.5)
+    rows, errors = [], fraction_errors(group)
+    for label, method, own in method_forms(group.records):
+        if label in errors:
+            found, true = (metric_by_seed(own, m) for m in ('clean_fraction', 'true_clean_fraction'))
+            runs = [100 * (found[s] - true[s]) for s in found if s in true]
+            rows.append(method_row(method, sum(runs) / len(runs), runs, label))
+    return rows
 
 # %% ../../nbs/10_experiments/17e_full_quality.ipynb #a64da957
 def quality_figure(
     groups,  # of `RunGroup`
 ):  # `Figure`; None where nothing was estimated
     "Error of the estimated fraction of right labels, a panel for each group"
-    shown = [g for g in groups if fraction_errors(g)]
-    if not shown:
+    panels = {g.title: rows for g in groups if (rows := _error_rows(g))}
+    if not panels:
         return None
-    heights = [0.4 + 0.4 * len(fraction_errors(g)) for g in shown]
-    figure = new_figure(8, 0.6 + sum(heights) + 0.5 * len(shown), 'Error of the fraction of right labels')
-    for ax, g in zip(
-        figure.subplots(len(shown), squeeze=False, sharex=True, height_ratios=heights)[:, 0], shown
-    ):
-        ax.axvspan(-LIMIT, LIMIT, color=GREY, alpha=0.12, lw=0)
-        ax.axvline(0, color=GREY, lw=1)
-        _draw_errors(ax, g)
-        ax.set_title(g.title, fontsize=10)
-        ax.spines[['top', 'right']].set_visible(False)
-    ax.set_xlabel('estimated minus true fraction of right labels, points')
+    words = 'estimated minus true fraction of right labels, points: runs and mean'
+    figure = stacked_dots(panels, words, 'Error of the estimated fraction of right labels by method')
+    for ax in figure.axes:
+        ax.axvspan(-LIMIT, LIMIT, color=GREY, alpha=0.12, lw=0, zorder=0)
     return figure

@@ -143,14 +143,15 @@ def _sigmoid(c):
     return Published(1.0)
 
 # %% ../../nbs/10_experiments/07_kd_aif_methods.ipynb #07-kd-aif-methods-029
-_JOINT = dict(mechanism='joint', **_PLAIN)
+_FORM = _PLAIN | dict(part='published')
+_JOINT = dict(mechanism='joint', **_FORM)
 _refreshed = partial(train_together, schedule=Every(1, 2), weighting=_sigmoid)
 _each_batch = partial(train_together, schedule=Online(2), weighting=_sigmoid)
 _sigmoid_student, _sigmoid_both = student_and_both(_sigmoid)
 
 register(
     Method('published', 'published form (sigmoid)', run=_refreshed, **_JOINT),
-    Method('sigmoid_student', 'sigmoid, once, student', run=_sigmoid_student, mechanism='student', **_PLAIN),
-    Method('sigmoid_both', 'sigmoid, once', run=_sigmoid_both, mechanism='both', **_PLAIN),
+    Method('sigmoid_student', 'sigmoid, once, student', run=_sigmoid_student, mechanism='student', **_FORM),
+    Method('sigmoid_both', 'sigmoid, once', run=_sigmoid_both, mechanism='both', **_FORM),
     Method('online', 'sigmoid, each mini-batch', run=_each_batch, **_JOINT),
 )

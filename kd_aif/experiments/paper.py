@@ -19,6 +19,7 @@ from ..reporting.claims import gain, gain_cell, strongest_rival
 from ..reporting.figures import GREY, new_figure, RIGHT, WRONG
 from ..reporting.labels import counted, dataset_label
 from ..reporting.methods import method_label
+from ..reporting.palette import method_style
 from ..reporting.records import Record
 from ..reporting.weight_plots import weight_histogram
 
@@ -124,7 +125,8 @@ def gains_figure(
     figure = new_figure(8, 1.2 + 0.55 * len(settings), 'Gain over the control by setting')
     ax = figure.subplots()
     ax.axvline(0, color=GREY, lw=1)
-    for k, (method, style) in enumerate(zip(methods, _STYLES)):
+    for k, method in enumerate(methods):
+        style = _gain_style(method)
         for row, records in enumerate(settings.values()):
             _draw_gain(ax, gain(records, method, control), row + 0.24 * (k - 1), style)
         ax.plot([], [], label=method_label(method), ls='', **style)
@@ -138,11 +140,10 @@ def gains_figure(
     return figure
 
 # %% ../../nbs/10_experiments/17j_paper.ipynb #7023ff50
-_STYLES = (
-    dict(color='#56b4e9', marker='o', markersize=5),
-    dict(color=RIGHT, marker='s', markersize=6),
-    dict(color=WRONG, marker='^', markersize=6),
-)
+def _gain_style(method):
+    "Colour and marker of a method"
+    style = method_style(method)
+    return dict(color=style.colour, marker=style.marker, markersize=style.size)
 
 
 def _draw_gain(ax: Axes, d, y, style):

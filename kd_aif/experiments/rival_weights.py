@@ -151,14 +151,18 @@ _STUDENT, _BOTH = _RIVAL | dict(mechanism='student'), _RIVAL | dict(mechanism='b
 _runs = {f: partial(train_with, options=f) for f in (_random, _val_alone, _self_influence)}
 _alone = {f: partial(run, student_only=True) for f, run in _runs.items()}
 _loss_student, _loss_both = student_and_both(_small_loss_calibrated)
-_VAL = 'weight on validation samples alone'
+_VAL, _CHECK = 'weight on validation samples alone', dict(part='check')
 
 # %% ../../nbs/10_experiments/08_rival_weights.ipynb #08-rival-weights-046
 register(
-    Method('random_student', 'random weights, student', run=_alone[_random], base='random', **_STUDENT),
-    Method('random', 'random weights', run=_runs[_random], **_BOTH),
-    Method('val_alone_student', f'{_VAL}, student', run=_alone[_val_alone], base='val_alone', **_STUDENT),
-    Method('val_alone', _VAL, run=_runs[_val_alone], **_BOTH),
+    Method(
+        'random_student', 'random weights, student', run=_alone[_random], base='random', **_CHECK | _STUDENT
+    ),
+    Method('random', 'random weights', run=_runs[_random], **_CHECK | _BOTH),
+    Method(
+        'val_alone_student', f'{_VAL}, student', run=_alone[_val_alone], base='val_alone', **_CHECK | _STUDENT
+    ),
+    Method('val_alone', _VAL, run=_runs[_val_alone], **_CHECK | _BOTH),
     Method('small_loss_calibrated_student', 'small loss, calibrated, student', run=_loss_student, **_STUDENT),
     Method('small_loss_calibrated_both', 'small loss, calibrated', run=_loss_both, **_BOTH),
     Method('self_influence', 'self-influence, calibrated', run=_runs[_self_influence], **_BOTH),

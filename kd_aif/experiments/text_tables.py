@@ -7,16 +7,17 @@ __all__ = ['text_scores', 'score_table', 'mean_gain', 'gains_table', 'gains_figu
            'relative_cost', 'cost_figure']
 
 # %% ../../nbs/10_experiments/17h_text_tables.ipynb #f8a5411e
+import math
 import statistics
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from ..data.glue import GLUE
 from .expected_runs import noise_of
-from ..reporting.figures import GREY, method_colours, new_figure, panel
-from ..reporting.methods import method_label, method_order
+from ..reporting.dot_plots import beside_dots, method_row, stacked_dots
+from ..reporting.figures import new_figure
+from ..reporting.methods import method_label
 from ..reporting.paired import paired_difference, PairedDifference
 from ..reporting.weight_plots import weight_histogram
 
@@ -99,44 +100,6 @@ def gains_table(
     headings = 'method', '30 % wrong labels', 'pairs', 'labels as given', 'pairs'
     return pd.DataFrame(rows, columns=headings)
 
-# %% ../../nbs/10_experiments/17h_text_tables.ipynb #1f9525c4
-def gains_figure(
-    records,  # list of `Record` of one experiment and tier
-    methods,  # short names, one row each
-    control: str = 'kd_val',  # short name of the method that is subtracted
-) -> Figure:  # not registered with pyplot
-    "Mean gains by method, with wrong labels and without"
-    rows = [m for m in methods if m != control]
-    figure = new_figure(9, 1.2 + 0.34 * len(rows), f'Gains over {method_label(control)} by method, in points')
-    axes = figure.subplots(1, 2, sharey=True)
-    for ax, wrong, title in zip(axes, (True, False), ('30 % wrong labels', 'labels as given')):
-        _draw_gains(panel(ax, None), records, rows, wrong, control)
-        ax.set_title(title, fontsize=10)
-        ax.set_xlabel(f'points over {method_label(control)}', fontsize=9)
-    axes[0].set_yticks(range(len(rows)), [method_label(m) for m in rows], fontsize=9)
-    axes[0].set_ylim(len(rows) - 0.5, -0.5)
-    return figure
-
-# %% ../../nbs/10_experiments/17h_text_tables.ipynb #83396a7b
-def _draw_gains(ax, records, rows, wrong, control):
-    "Rows of gains"
-    colours, values = method_colours(rows), text_scores(records, wrong)
-    ax.axvline(0, color=GREY, lw=1)
-    ax.grid(axis='x', alpha=0.3)
-    for y, name in enumerate(rows):
-        gain = mean_gain(records, name, wrong, control)
-        if not gain.n:
-            at = dict(transform=ax.get_yaxis_transform(), va='center', color=GREY, style='italic', fontsize=8)
-            ax.text(0.02, y, 'not run', **at)
-            continue
-        if gain.n > 1:
-            ax.plot(
-                [gain.low, gain.high], [y, y], color=colours[name], lw=6, alpha=0.4, solid_capstyle='butt'
-            )
-        dots = _gains_by_task(values[name], values[control])
-        ax.plot(dots, [y] * len(dots), 'o', ms=4, color=colours[name], mec='white', mew=0.5)
-        ax.plot(gain.mean, y, 'D', ms=6, color=colours[name], mec='white')
-
 # %% ../../nbs/10_experiments/17h_text_tables.ipynb #30427f86
 def _gains_by_task(ours, theirs):
     "Mean difference of each task, in points"
@@ -145,25 +108,58 @@ def _gains_by_task(ours, theirs):
         found.setdefault(key[0], []).append(100 * (ours[key] - theirs[key]))
     return [statistics.fmean(v) for v in found.values()]
 
+# %% ../../nbs/10_experiments/17h_text_tables.ipynb #cfd7163c
+def _gain_rows(records, methods, wrong, control):
+    "A row for each method with a gain"
+    values, rows = text_scores(records, wrong), {}
+    for name in (m for m in methods if m != control):
+        gain = mean_gain(records, name, wrong, control)
+        if gain.n:
+            rows[name] = method_row(name, gain, _gains_by_task(values[name], values[control]))
+    return rows
+
+# %% ../../nbs/10_experiments/17h_text_tables.ipynb #bf5d00a7
+def gains_figure(
+    records,  # list of `Record` of one experiment and tier
+    methods,  # short names
+    control: str = 'kd_val',  # short name of the method that is subtracted
+) -> Figure:  # not registered with pyplot
+    "Mean gains by method, with wrong labels and without"
+    found = {}
+    for title, wrong in (('30 % wrong labels', True), ('labels as given', False)):
+        if rows := _gain_rows(records, methods, wrong, control):
+            found[title] = rows
+    shown = dict.fromkeys(name for rows in found.values() for name in rows)
+    words = f'points over {method_label(control)}: tasks, mean, 95 % interval'
+    panels = {title: list(rows.values()) for title, rows in found.items()}
+    return stacked_dots(panels, words, f'Gain of each method over {method_label(control)}', methods=shown)
+
 # %% ../../nbs/10_experiments/17h_text_tables.ipynb #fa805336
 def text_weights_figure(
     records,  # list of `Record` of one experiment and tier
-    tasks,  # names of tasks without glue/, one panel each
+    tasks,  # names of tasks without glue/, one panel each for those that were run
     method: str = 'kd_aif_student',  # whose weights
-) -> Figure:  # not registered with pyplot
+) -> Figure | None:  # not registered with pyplot; None without a run
     "Histograms of the weights of right and of wrong labels, by task, of the smallest seed"
-    figure = new_figure(10, 5, 'Weights of right and of wrong labels by task')
-    axes = figure.subplots(2, -(-len(tasks) // 2), squeeze=False).flat
-    for ax, task in zip(axes, tasks):
-        runs = [r for r in records if _is_noisy_run(r, task, method)]
-        ax.set_title(GLUE[task].title, fontsize=10)
-        if not runs:
-            ax.text(0.5, 0.5, 'not run', ha='center', color=GREY, style='italic', transform=ax.transAxes)
-            continue
-        run = min(runs, key=lambda r: r.seed)
+    shown = {task: run for task in tasks if (run := _first_run(records, task, method))}
+    if not shown:
+        return None
+    columns, rows = min(len(shown), 2), -(-len(shown) // 2)
+    figure = new_figure(4.1 * columns + 1, 3.1 * rows, 'Weights of right and of wrong labels by task')
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax, (task, run) in zip(axes, shown.items()):
         weight_histogram(run.metrics['weight_histogram'], ax=ax)
-        ax.set_title(f"{GLUE[task].title}: AUC {run.metrics['weight_auc']:.2f}", fontsize=10)
+        title = f"{GLUE[task].title}, seed {run.seed}: AUC {run.metrics['weight_auc']:.2f}"
+        ax.set_title(title, fontsize=10)
+    for ax in axes[len(shown) :]:
+        ax.set_visible(False)
     return figure
+
+# %% ../../nbs/10_experiments/17h_text_tables.ipynb #c47e6177
+def _first_run(records, task, method):
+    "The run of the smallest seed; None without one"
+    runs = [r for r in records if _is_noisy_run(r, task, method)]
+    return min(runs, key=lambda r: r.seed, default=None)
 
 # %% ../../nbs/10_experiments/17h_text_tables.ipynb #d03a2595
 def _is_noisy_run(record, task, method):
@@ -220,16 +216,12 @@ def cost_figure(
     methods,  # short names
     control: str = 'kd_val',  # short name of the method to which they are compared
 ) -> Figure:  # not registered with pyplot
-    "Mean gain under wrong labels against the cost of a run"
-    figure = new_figure(7, 4, 'Gain against cost')
-    ax, colours = panel(figure.subplots(), None), method_colours(methods)
-    ax.axhline(0, color=GREY, lw=1)
-    for name in method_order(methods):
-        gain, cost = mean_gain(records, name, True, control), relative_cost(records, name, True, control)
-        if gain.n and np.isfinite(cost):
-            low, high = (gain.low, gain.high) if gain.n > 1 else (gain.mean, gain.mean)
-            ax.plot([cost, cost], [low, high], color=colours[name], lw=3, alpha=0.4)
-            ax.plot(cost, gain.mean, 'D', color=colours[name], mec='white')
-            ax.annotate(method_label(name), (cost, gain.mean), (6, 3), textcoords='offset points', fontsize=8)
-    ax.set(xlabel=f'seconds, as a multiple of {method_label(control)}', ylabel='points over the control')
-    return figure
+    "Cost of a run under wrong labels, the cheapest first, and the mean gain beside it"
+    costs = {m: relative_cost(records, m, True, control) for m in methods}
+    gains = _gain_rows(records, methods, True, control)
+    costs = {m: method_row(m, c) for m, c in costs.items() if math.isfinite(c) and m in gains}
+    order = sorted(costs, key=lambda m: costs[m].value)
+    columns = {'cost of a run': costs, 'mean gain, 95 % interval': {m: gains[m] for m in order}}
+    words = 'seconds over those of the control', 'points over the control'
+    look = dict(order=order, zeros=(1.0, 0.0), legend=True)
+    return beside_dots(columns, words, 'Cost and gain of each method', **look)

@@ -9,38 +9,21 @@ __all__ = ['accuracy_bars', 'difference_bars', 'accuracy_figure']
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .figures import GREY, method_colours, new_figure, panel
+from .dot_plots import draw_dots, HEAD, method_row, role_legend, ROW
+from .figures import new_figure, panel
 from .labels import percent
 from .methods import method_label
 from .paired import paired_difference
 from .summary import summary_table
 
 # %% ../../nbs/09_reporting/12_accuracy_plots.ipynb #d7948e11
-def _label_rows(ax, rows, missing):
-    "Name the rows on the y axis, and write the texts of `missing` (row number -> text) where nothing is drawn."
-    ax.set_yticks(range(len(rows)), [r['label'].replace(' (', '\n(') for r in rows])
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.tick_params(axis='y', length=0)
-    ax.grid(axis='x', alpha=0.3)
-    at = ax.get_yaxis_transform()
+def _draw_rows(ax, rows, missing, zero=None):
+    "Dots of the rows that have any; the texts of `missing` (row number -> text) where nothing is drawn."
+    draw_dots(ax, [None if i in missing else r for i, r in enumerate(rows)], zero, absent='')
+    ax.set_yticks(range(len(rows)), [r.label for r in rows], fontsize=9)
+    look = dict(transform=ax.get_yaxis_transform(), va='center', fontsize=8.5, style='italic')
     for i, text in missing.items():
-        ax.text(0.02, i, text, transform=at, va='center', color=GREY, style='italic')
-
-# %% ../../nbs/09_reporting/12_accuracy_plots.ipynb #f9b8ed38
-def _draw_row(ax, y, d, by_seed, colour):
-    "Dots for the values `by_seed`, a diamond at the mean and a bar over the interval of the `PairedDifference` `d`."
-    dots = dict(ms=5, color=colour, mec='white', mew=0.5, zorder=3)
-    ax.plot(list(by_seed.values()), [y] * len(by_seed), 'o', **dots)
-    if d.n > 1:
-        ax.plot([d.low, d.high], [y, y], color=colour, lw=7, alpha=0.4, solid_capstyle='butt')
-    ax.plot(d.mean, y, marker='D', ms=7, color=colour, mec='white', zorder=4)
-
-# %% ../../nbs/09_reporting/12_accuracy_plots.ipynb #a8b56165
-def _connect_seeds(ax, values):
-    "Thin lines through the runs of each seed; `values` has a dict seed -> value for each row."
-    for seed in sorted(set().union(*values)):
-        line = [(v[seed], i) for i, v in enumerate(values) if seed in v]
-        ax.plot(*zip(*line), color=GREY, lw=0.7, alpha=0.5, zorder=1)
+        ax.text(0.02, i, text, color='.35', **look)
 
 # %% ../../nbs/09_reporting/12_accuracy_plots.ipynb #efce43c2
 def accuracy_bars(
@@ -50,21 +33,18 @@ def accuracy_bars(
     level: float = 0.95,  # of the interval of the mean
     ax: Axes = None,  # where to draw; default a new figure
 ) -> Axes:  # what was drawn into
-    """One row per method: runs as dots, connected by seed, the mean and its interval.
+    """One row per method: runs as dots, the mean and its interval.
 
     Raises ValueError if settings are mixed."""
     table = summary_table(records, controls=(), metric=metric, expected=expected)
-    rows, shown = table.rows, table.shown
-    ax, colours = panel(ax, (7, 0.9 + 0.5 * len(rows))), method_colours([r['method'] for r in rows])
-    values = [r['values'] for r in rows]
-    _connect_seeds(ax, values)
-    for i, (r, v) in enumerate(zip(rows, values)):
-        if v:
-            mean = paired_difference(v, dict.fromkeys(v, 0.0), level)
-            _draw_row(ax, i, mean, v, colours[r['method']])
-    _label_rows(ax, rows, {i: '–' if r['runs'] else 'not run' for i, r in enumerate(rows) if not values[i]})
+    rows, shown, drawn = table.rows, table.shown, []
+    ax = panel(ax, (7, HEAD + ROW * len(rows)))
+    for r in rows:
+        mean = paired_difference(r['values'], dict.fromkeys(r['values'], 0.0), level)
+        drawn.append(method_row(r['method'], mean, r['values'].values(), r['label']))
+    _draw_rows(ax, drawn, {i: '–' if r['runs'] else 'not run' for i, r in enumerate(rows) if not r['values']})
     unit = f' ({shown.unit})' if shown.scale == 100 else ''
-    ax.set_xlabel(f'{shown.label}{unit}: each run, mean and {percent(level)} interval')
+    ax.set_xlabel(f'{shown.label}{unit}: each run, mean and {percent(level)} interval', fontsize=9)
     return ax
 
 # %% ../../nbs/09_reporting/12_accuracy_plots.ipynb #91c849d1
@@ -80,17 +60,14 @@ def difference_bars(
 
     Raises ValueError if settings are mixed."""
     table = summary_table(records, controls=(control,), metric=metric, expected=expected, level=level)
-    rows = [r for r in table.rows if r['method'] != control]
-    ax, colours = panel(ax, (7, 0.9 + 0.5 * len(rows))), method_colours([r['method'] for r in rows])
-    ax.axvline(0, color=GREY, lw=1)
+    rows, drawn = [r for r in table.rows if r['method'] != control], []
+    ax = panel(ax, (7, HEAD + ROW * len(rows)))
     found = [r['differences'][control] for r in rows]
-    for i, (r, d) in enumerate(zip(rows, found)):
-        if d['paired'].n:
-            _draw_row(ax, i, d['paired'], d['by_seed'], colours[r['method']])
-    _label_rows(ax, rows, {i: d['text'] for i, d in enumerate(found) if not d['paired'].n})
-    ax.set_xlabel(
-        f'{table.shown.label} minus that of {method_label(control)} (points), {percent(level)} interval'
-    )
+    for r, d in zip(rows, found):
+        drawn.append(method_row(r['method'], d['paired'], d['by_seed'].values(), r['label']))
+    _draw_rows(ax, drawn, {i: d['text'] for i, d in enumerate(found) if not d['paired'].n}, zero=0.0)
+    words = f'{table.shown.label} minus that of {method_label(control)} (points), {percent(level)} interval'
+    ax.set_xlabel(words, fontsize=9)
     return ax
 
 # %% ../../nbs/09_reporting/12_accuracy_plots.ipynb #ebf47e76
@@ -98,16 +75,21 @@ def accuracy_figure(
     records,  # list of `Record` of one setting
     controls=('kd_val', 'kd'),  # the differences are to the first of these that was run
     metric: str = None,  # a metric that is a fraction in 0..1; default the headline metric
-    expected=(),  # short names of methods that get a row even without a run
+    expected=(),  # short names of methods that should have been run; they have no row without a run
 ) -> Figure:  # not registered with pyplot
     "`accuracy_bars` above `difference_bars` in one figure. Raises ValueError if settings are mixed."
-    n = len(summary_table(records, controls=(), metric=metric, expected=expected).rows)
+    expected = expected if not records else ()
+    methods = [
+        r['method'] for r in summary_table(records, controls=(), metric=metric, expected=expected).rows
+    ]
     run = {r.method for r in records}
     control = next((c for c in controls if c in run), None)
-    heights = [n, max(n - 1, 1)] if control else [n]
-    figure = new_figure(7.5, (1.6 + n) if control else (0.9 + 0.5 * n), 'Accuracy by method')
+    n = [len(methods)] + ([max(sum(m != control for m in methods), 1)] if control else [])
+    heights = [HEAD + ROW * k for k in n]
+    figure = new_figure(8, sum(heights) + 0.8, 'Accuracy of each method, with its runs and 95 % interval')
     axes = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
     accuracy_bars(records, metric, expected, ax=axes[0])
     if control:
         difference_bars(records, control, metric, expected, ax=axes[1])
+    role_legend(figure, methods)
     return figure

@@ -165,7 +165,8 @@ def _repr_markdown_(self: SummaryTable):
 # %% ../../nbs/09_reporting/09_summary.ipynb #1e9669ad
 @patch
 def _repr_html_(self: SummaryTable):
-    table = self.text.to_html(index=False, border=0, escape=True)
+    with pd.option_context('display.max_colwidth', None, 'display.max_rows', None):
+        table = self.text.to_html(index=False, border=0, escape=True)
     return f'{table}\n<p class="caption">{html.escape(self.caption)}</p>'
 
 # %% ../../nbs/09_reporting/09_summary.ipynb #6d616c6c

@@ -9,14 +9,14 @@ __all__ = ['LINE_STYLES', 'weight_histogram', 'weight_diagnostics', 'detector_ro
 from textwrap import fill
 
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from .figures import GREY, RIGHT, WRONG, new_figure, panel, sample_values
 from .labels import setting_label
-from .methods import method_label, method_order
+from .methods import method_label, method_order, METHODS
+from .palette import method_colours
 
 # %% ../../nbs/09_reporting/13_weight_plots.ipynb #13-plots-008
 def _checked_weights(weights, is_noisy):
@@ -87,22 +87,29 @@ def weight_diagnostics(
 LINE_STYLES = '-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1))
 
 # %% ../../nbs/09_reporting/13_weight_plots.ipynb #14cb05e6
+def _curve_style(i, name):
+    "Colour of the method if `name` is one, dashes by number."
+    colours = RIGHT, WRONG, GREY
+    colour = method_colours([name])[name] if name in METHODS else colours[min(i, 2)]
+    return dict(color=colour, ls=LINE_STYLES[i % len(LINE_STYLES)], lw=2)
+
+
 def detector_roc(
     curves: dict,  # label -> (fpr, tpr, auc); fpr and tpr fractions of right and of wrong labels
     ax: Axes = None,  # where to draw; default a new figure
+    methods=(),  # short names of the methods of the curves, in their order; none for other detectors
 ) -> Axes:  # what was drawn into
     "ROC curves of detectors of wrong labels. Raises ValueError without a curve."
     if not curves:
         raise ValueError('curves is empty: pass at least one label -> (fpr, tpr, auc)')
-    ax, palette = panel(ax, (4.6, 4)), sns.color_palette('colorblind', 10)
+    ax, names = panel(ax, (4.6, 4)), [*methods] + [''] * (len(curves) - len(methods))
     for i, (label, (fpr, tpr, area)) in enumerate(curves.items()):
-        style = dict(ls=LINE_STYLES[i % 5], lw=2, color=palette[i % 10])
-        name = fill(label + ('' if area is None else f', AUC {area:.3f}'), 28)
-        ax.plot(100 * np.array(fpr), 100 * np.array(tpr), label=name, **style)
+        words = fill(label + ('' if area is None else f', AUC {area:.3f}'), 28)
+        ax.plot(100 * np.array(fpr), 100 * np.array(tpr), label=words, **_curve_style(i, names[i]))
     ax.plot([0, 100], [0, 100], color=GREY, lw=0.8)
     ax.set(xlabel='false positive rate (%)', ylabel='recall (%)', aspect='equal')
     ax.set(xlim=(-1, 101), ylim=(-1, 101))
-    ax.legend(frameon=False, loc='lower right', fontsize='x-small')
+    ax.legend(frameon=False, loc='lower right', fontsize=8)
     return ax
 
 # %% ../../nbs/09_reporting/13_weight_plots.ipynb #13-plots-030
@@ -122,6 +129,13 @@ def _first_runs(records):
     order = method_order(method for method, _ in first)
     return {label: r for (_, label), r in sorted(first.items(), key=lambda x: order.index(x[0][0]))}
 
+# %% ../../nbs/09_reporting/13_weight_plots.ipynb #2ceec201
+def _draw_histograms(axes, shown):
+    "A histogram for each label -> `Record`."
+    for ax, (label, r) in zip(axes, shown.items()):
+        title = f'{label}, seed {r.seed}'.replace(' (', '\n(')
+        weight_histogram(r.metrics['weight_histogram'], ax=ax).set_title(title, fontsize=9)
+
 # %% ../../nbs/09_reporting/13_weight_plots.ipynb #13-plots-031
 def weights_figure(
     records,  # list of `Record`, of which those with stored diagnostics are drawn
@@ -134,11 +148,12 @@ def weights_figure(
         if roc := r.metrics.get('roc'):
             curves[label] = roc['fpr'], roc['tpr'], r.metrics.get('weight_auc')
     panels = len(shown) + bool(curves)
-    figure = new_figure(3.9 * panels, 3.4, 'Weights of right and of wrong labels')
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for ax, (label, r) in zip(axes, shown.items()):
-        title = f'{label}, seed {r.seed}'.replace(' (', '\n(')
-        weight_histogram(r.metrics['weight_histogram'], ax=ax).set_title(title, fontsize=9)
+    columns, rows = min(panels, 2), -(-panels // 2)
+    figure = new_figure(4.1 * columns, 3.3 * rows, 'Weights of right and of wrong labels')
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    _draw_histograms(axes, shown)
     if curves:
-        detector_roc(curves, ax=axes[-1])
+        detector_roc(curves, axes[panels - 1], [shown[label].method for label in curves])
+    for ax in axes[panels:]:
+        ax.set_visible(False)
     return figure
