@@ -95,6 +95,12 @@ def _table_html(table):
     "A table that is HTML already, in a frame in which it scrolls."
     return _template(_TABLE).render(table=Markup(table))
 
+
+def _frame_html(frame):
+    "A data frame as HTML, without an index that only counts, and with whole cells"
+    with pd.option_context('display.max_colwidth', None):
+        return frame.to_html(border=0, index=not isinstance(frame.index, pd.RangeIndex))
+
 # %% ../../nbs/09_reporting/15_html.ipynb #b355d453
 def _item_html(item, heading):
     "One item of a section as HTML."
@@ -105,7 +111,7 @@ def _item_html(item, heading):
     if isinstance(item, str):
         return Markup(item) if item.lstrip()[:1] == '<' else _markdown(item)
     if isinstance(item, pd.DataFrame):
-        return Markup(_table_html(item.to_html(border=0, index=not isinstance(item.index, pd.RangeIndex))))
+        return Markup(_table_html(_frame_html(item)))
     if hasattr(item, '_repr_html_'):
         return Markup(_table_html(item._repr_html_()))
     if hasattr(item, '_repr_markdown_'):
