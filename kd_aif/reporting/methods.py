@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 from fastcore.basics import patch
 
+from ..foundation.reprs import ShortRepr
+
 # %% ../../nbs/09_reporting/01_methods.ipynb #01-records-005
 FAMILIES = {  # family -> what its methods are, in the order of tables and figures
     'control': 'controls: no weights, or the labelled samples alone',
@@ -28,8 +30,8 @@ FAMILIES = {  # family -> what its methods are, in the order of tables and figur
 }
 
 # %% ../../nbs/09_reporting/01_methods.ipynb #01-records-006
-@dataclass(frozen=True)
-class Method:
+@dataclass(frozen=True, repr=False)
+class Method(ShortRepr):
     "A way to train that can be recorded, compared and shown. Raises ValueError for a name or family that is unfit."
 
     name: str  # short name, as in records: letters, digits and `_ . + -`
