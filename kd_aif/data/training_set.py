@@ -238,6 +238,15 @@ def n_batches(self: TrainingSet) -> int:
     except TypeError:
         return len(self.samples.sizes)
 
+# %% ../../nbs/02_data/08_training_set.ipynb #cd952b53
+@patch
+def __repr__(self: TrainingSet):
+    others = 'train too' if self.include_validation else 'do not train'
+    return (
+        f'TrainingSet: {self.n:,} training samples; {len(self.val_samples):,} validation samples, which {others}; '
+        f'{self.n_batches:,} batches an epoch'
+    )
+
 # %% ../../nbs/02_data/08_training_set.ipynb #d23e76ea
 class PilotSample:
     "Some training samples, kept in memory while somebody reads all batches"
