@@ -92,13 +92,16 @@ pre code { padding: 0; background: none; font: inherit }
 # %% ../../nbs/09_reporting/17_site.ipynb #eb826b58
 _TABLES = """
 .table { overflow-x: auto; margin: .8rem 0 }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+table { border: 0; border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .7rem; border: 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 th { background: var(--soft); vertical-align: bottom }
 .output td, .output th { text-align: right; white-space: nowrap }
+.output thead th { white-space: normal; min-width: 4.5rem }
+:is(td, th) code { overflow-wrap: normal }
 .output :is(td, th):first-child { text-align: left; position: sticky; left: 0; min-width: 9.5rem; max-width: 24rem;
   white-space: normal }
 .output td:first-child { background: var(--bg) }
+.output .dataframe:has(tbody th) :is(td, th):first-child { min-width: 3rem }
 """
 
 
