@@ -97,7 +97,7 @@ th, td { padding: .3rem .7rem; border: 0; border-bottom: 1px solid var(--line); 
 th { background: var(--soft); vertical-align: bottom }
 .output td, .output th { text-align: right; white-space: nowrap }
 .output thead th { white-space: normal; min-width: 4.5rem }
-:is(td, th) code { overflow-wrap: normal }
+td code, th code { overflow-wrap: normal }
 .output :is(td, th):first-child { text-align: left; position: sticky; left: 0; min-width: 9.5rem; max-width: 24rem;
   white-space: normal }
 .output td:first-child { background: var(--bg) }
