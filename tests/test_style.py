@@ -143,6 +143,13 @@ def test_modules_are_one_idea_long(path):
 
 
 @notebook
+def test_notebooks_open_without_a_question(path):
+    "JupyterLab asks for a kernel where none is named, and draws broken widgets from the state of past runs"
+    metadata = json.loads(path.read_text(encoding='utf-8'))['metadata']
+    assert metadata.get('kernelspec', {}).get('name') == 'python3' and 'widgets' not in metadata
+
+
+@notebook
 def test_export_cells_are_short(path):
     long = [
         f'{cell_length(s)} lines: {s.splitlines()[1][:70]}'

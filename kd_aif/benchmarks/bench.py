@@ -25,6 +25,7 @@ from .influence_tasks import InfluenceTask
 from ..data.loaders import ImageBatches
 from ..foundation.core import atomic_path, cache_dir, evaluating, Stopwatch
 from ..foundation.losses import batch_cross_entropy
+from ..foundation.reprs import ShortRepr
 from ..influence.curvature import FlatModel, GaussNewton, mean_gradient
 from ..influence.directional import directional_scores
 from ..influence.iterative_solvers import CG
@@ -104,8 +105,8 @@ def resident_bytes(
     return _bytes(model.state_dict().values()) + max(_bytes(b.values()) for b in batches)
 
 # %% ../../nbs/11_benchmarks/06_bench.ipynb #06-bench-020
-@dataclass(frozen=True)
-class Reference:
+@dataclass(frozen=True, repr=False)
+class Reference(ShortRepr):
     "The exact damped scores"
 
     values: Tensor  # (n,) float64

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 
+# %% ../../nbs/11_benchmarks/10d_full_size.ipynb #f4ac04f7
 from .bench import FINITE, relative_residual
 from .rows import recorded_settings
 from ..data.loaders import ImageBatches
@@ -25,6 +26,7 @@ from ..experiments.tasks import check_choice, PRECISIONS, Task
 from ..experiments.teachers import trained_teacher
 from ..foundation.core import check_positive, check_whole
 from ..foundation.losses import batch_cross_entropy
+from ..foundation.reprs import ShortRepr
 from ..influence.curvature import FlatModel, mean_gradient
 from ..influence.iterative_solvers import CG
 from ..influence.scores import all_layer_scores, influence_scores, InfluenceScores
@@ -99,8 +101,8 @@ def training_task(self: ScoringTask) -> Task:  # whose teacher is the network
     return Task(teacher=self.network, student=self.network, **settings)
 
 # %% ../../nbs/11_benchmarks/10d_full_size.ipynb #3adf8e3d
-@dataclass(frozen=True)
-class ScoringWay:
+@dataclass(frozen=True, repr=False)
+class ScoringWay(ShortRepr):
     "One way to score"
 
     score: Callable  # score(model, train, val) -> InfluenceScores

@@ -23,6 +23,7 @@ from kd_aif.benchmarks.library_scores import (
 )
 from .reference_libraries import LIBRARY_LABELS, REFERENCE_LIBRARIES
 from ..foundation.core import evaluating, Stopwatch
+from ..foundation.reprs import ShortRepr
 from ..influence.directional import directional_scores
 from ..influence.iterative_solvers import CG, LBFGS, LiSSA
 from ..influence.scores import AllLayerOptions, influence_scores
@@ -30,8 +31,8 @@ from ..influence.solvers import Diagonal, EKFAC, Exact, Identity, KFAC, Woodbury
 from ..reporting.methods import method_label
 
 # %% ../../nbs/11_benchmarks/07_rows.ipynb #07-bench-005
-@dataclass(frozen=True)
-class Outcome:
+@dataclass(frozen=True, repr=False)
+class Outcome(ShortRepr):
     "Scores and what they cost"
 
     values: Tensor  # (n,) in the order of the training batches
@@ -40,8 +41,8 @@ class Outcome:
     note: str = ''  # what there is to know, in words
 
 # %% ../../nbs/11_benchmarks/07_rows.ipynb #07-bench-007
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, repr=False)
+class Row(ShortRepr):
     "One way to score"
 
     name: str  # short, for files

@@ -13,10 +13,11 @@ from pathlib import Path
 from .sources import _local_files, _open_table
 from .text_files import read_texts
 from .texts import TextData
+from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/02_data/11_glue.ipynb #7fe98af0
-@dataclass(frozen=True)
-class GlueTask:
+@dataclass(frozen=True, repr=False)
+class GlueTask(ShortRepr):
     "A task of GLUE: what it is made of and how it is measured"
 
     title: str  # name for readers

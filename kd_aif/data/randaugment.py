@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import functional as vision
 from .augment import augmentation_for
 from ..foundation.batches import upload
 from ..foundation.core import check_fraction, check_whole
+from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/02_data/05_randaugment.ipynb #d90255b1
 def _check_images(x):
@@ -205,8 +206,8 @@ def translate_y(
     return affine(x, _matrix(magnitude, f=-(magnitude * x.shape[2]).trunc()))
 
 # %% ../../nbs/02_data/05_randaugment.ipynb #6d7917c1
-@dataclass(frozen=True)
-class Operation:
+@dataclass(frozen=True, repr=False)
+class Operation(ShortRepr):
     "An operation of RandAugment and the magnitudes that are drawn for it"
 
     apply: Callable  # apply(x (b, c, h, w) uint8, magnitude (b,)) -> (b, c, h, w) uint8

@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from .images import content_hash, ImageData
 from ..foundation.core import atomic_path, bar_options, cache_dir, generator
+from ..foundation.reprs import ShortRepr
 from ..foundation.splits import stratified_choice
 
 # %% ../../nbs/02_data/02_sources.ipynb #02-data-018
-@dataclass(frozen=True)
-class DataSource:
+@dataclass(frozen=True, repr=False)
+class DataSource(ShortRepr):
     "Where a data set comes from and the constants that belong to it"
 
     title: str  # name for readers

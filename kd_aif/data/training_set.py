@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .mixed_batches import mix_batches
 from ..foundation.batches import batch_rows, eval_view, find_positions
+from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/02_data/08_training_set.ipynb #6e093cbc
 def check_batch(
@@ -76,8 +77,8 @@ def _check_values(name, batch, key, value):
         )
 
 # %% ../../nbs/02_data/08_training_set.ipynb #4324e3ec
-@dataclass(frozen=True, eq=False)
-class Samples:
+@dataclass(frozen=True, eq=False, repr=False)
+class Samples(ShortRepr):
     "What one pass over batches said of the samples"
 
     index: Tensor  # (n,) stable index
@@ -236,6 +237,15 @@ def n_batches(self: TrainingSet) -> int:
         return len(self.batches)
     except TypeError:
         return len(self.samples.sizes)
+
+# %% ../../nbs/02_data/08_training_set.ipynb #cd952b53
+@patch
+def __repr__(self: TrainingSet):
+    others = 'train too' if self.include_validation else 'do not train'
+    return (
+        f'TrainingSet: {self.n:,} training samples; {len(self.val_samples):,} validation samples, which {others}; '
+        f'{self.n_batches:,} batches an epoch'
+    )
 
 # %% ../../nbs/02_data/08_training_set.ipynb #d23e76ea
 class PilotSample:

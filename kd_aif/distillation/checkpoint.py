@@ -23,6 +23,7 @@ from torch import nn, Tensor
 
 from ..data.images import content_hash
 from ..foundation.core import check_positive
+from ..foundation.reprs import ShortRepr
 from ..foundation.state_files import load_state, save_state
 
 # %% ../../nbs/06_distillation/03b_checkpoint.ipynb #8c17e82d
@@ -30,8 +31,8 @@ class Stopped(Exception):
     "A training was left behind an epoch because `Checkpoint.stop` said so; its state is in the file"
 
 # %% ../../nbs/06_distillation/03b_checkpoint.ipynb #72ff4f1b
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
+@dataclass(frozen=True, eq=False, repr=False)
+class Checkpoint(ShortRepr):
     "The file of an unfinished training; raises `TypeError` or `ValueError` for settings that make no sense"
 
     path: str | Path  # the file, *.safetensors; a finished training leaves its result there

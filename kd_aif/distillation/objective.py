@@ -22,6 +22,7 @@ from kd_aif.foundation.losses import (
     squared_difference,
     squared_error,
 )
+from ..foundation.reprs import ShortRepr
 from ..models.features import default_forward, feature_maps
 
 # %% ../../nbs/06_distillation/02_objective.ipynb #bd28daa7
@@ -35,8 +36,8 @@ def default_outputs(
     return [*maps, logits]
 
 # %% ../../nbs/06_distillation/02_objective.ipynb #659cf960
-@dataclass(frozen=True, eq=False)
-class AuxiliaryLoss:
+@dataclass(frozen=True, eq=False, repr=False)
+class AuxiliaryLoss(ShortRepr):
     "One more term of the student's loss; if `loss` is a module, its parameters train along with the student"
 
     loss: Callable  # loss(student_outputs, teacher_outputs, batch) -> (b,); teacher_outputs None without a teacher
@@ -53,8 +54,8 @@ class AuxiliaryLoss:
             object.__setattr__(self, 'static', is_static(self.loss) and is_static(self.outputs))
 
 # %% ../../nbs/06_distillation/02_objective.ipynb #df2a4a4e
-@dataclass(frozen=True, eq=False)
-class Objective:
+@dataclass(frozen=True, eq=False, repr=False)
+class Objective(ShortRepr):
     "What a student is asked for; raises `ValueError` for a temperature or a weight out of range"
 
     T: float = 4.0  # temperature, above 0

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 
 from ..foundation.core import check_whole
+from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/06_distillation/01_schedules.ipynb #a6339652
 MECHANISMS = (None, 'student', 'both')
 
 # %% ../../nbs/06_distillation/01_schedules.ipynb #d5b4e279
-@dataclass(frozen=True)
-class OneShot:
+@dataclass(frozen=True, repr=False)
+class OneShot(ShortRepr):
     "Score once, with the trained teacher; a teacher that is trained again has the weights from the start"
 
     after: int = 0  # first epoch in which the student has the weights
@@ -49,8 +50,8 @@ def due(
     return epoch == self.after
 
 # %% ../../nbs/06_distillation/01_schedules.ipynb #7642b6ad
-@dataclass(frozen=True)
-class Every:
+@dataclass(frozen=True, repr=False)
+class Every(ShortRepr):
     "Score every `k` epochs with the model in training: the student, or for mechanism 'both' the teacher"
 
     k: int = 1  # epochs between two scorings
@@ -69,8 +70,8 @@ class Every:
         return epoch >= self.start and (epoch - self.start) % self.k == 0
 
 # %% ../../nbs/06_distillation/01_schedules.ipynb #916e6f35
-@dataclass(frozen=True)
-class Online:
+@dataclass(frozen=True, repr=False)
+class Online(ShortRepr):
     "Weigh every mini-batch by its own scores under the direction s found before each epoch: last layer only"
 
     start: int = 2  # first epoch with weights

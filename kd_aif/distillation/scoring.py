@@ -18,6 +18,7 @@ from .trainer import Training
 from .weighting import Influence, Published
 from ..foundation.batches import model_device, sample_batches, to_device
 from ..foundation.core import evaluating
+from ..foundation.reprs import ShortRepr
 from ..influence.cross_scores import cross_scores, CrossScores, last_layer_views, Scoring
 from ..influence.iterative_solvers import CG
 from ..influence.last_layer import last_layer_solver, last_layer_view, LastLayerGaussNewton
@@ -46,8 +47,8 @@ class WithTeacherLogits:
             yield {**batch, 'teacher_logits': logits}
 
 # %% ../../nbs/06_distillation/06_scoring.ipynb #255ce47e
-@dataclass(frozen=True, eq=False)
-class Question:
+@dataclass(frozen=True, eq=False, repr=False)
+class Question(ShortRepr):
     "What is scored: a model under its training loss, on training samples, against the validation samples"
 
     model: nn.Module  # used in eval mode

@@ -24,6 +24,7 @@ from .scoring import OnlineWeights
 from .trainer import Fit, Training
 from ..foundation.batches import model_device
 from ..foundation.core import static, Stopwatch
+from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/06_distillation/10_session.ipynb #788af31c
 class Session:
@@ -101,8 +102,8 @@ def replace_teacher(
     return previous
 
 # %% ../../nbs/06_distillation/10_session.ipynb #7d42aab7
-@dataclass(frozen=True)
-class BeforeEpochs:
+@dataclass(frozen=True, repr=False)
+class BeforeEpochs(ShortRepr):
     "What happens before the epochs of a training"
 
     rescore: Callable | None = None  # rescore(epoch): whether a network is scored before it; None: never

@@ -26,6 +26,7 @@ from .objective import Objective
 from ..foundation.batches import batch_size, model_device, set_epoch
 from ..foundation.core import bar_options, check_positive, check_whole, set_random_state
 from ..foundation.losses import weighted_mean
+from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #fc667060
 class Trainer:
@@ -138,8 +139,8 @@ def one_cycle(
     )
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #95822e26
-@dataclass(frozen=True, eq=False)
-class Training:
+@dataclass(frozen=True, eq=False, repr=False)
+class Training(ShortRepr):
     "How networks are trained; raises `ValueError` for settings out of range"
 
     epochs: int = 15  # passes over the data
@@ -165,8 +166,8 @@ class Training:
             )
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #f8374c0b
-@dataclass(frozen=True, eq=False)
-class Step:
+@dataclass(frozen=True, eq=False, repr=False)
+class Step(ShortRepr):
     "One training step, as a reweighting callback sees it"
 
     model: nn.Module  # the model in training, in train mode

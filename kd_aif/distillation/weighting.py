@@ -17,14 +17,15 @@ from torch.utils.data import DataLoader, SequentialSampler
 from ..data.training_set import read_samples, TrainingSet
 from ..foundation.batches import find_positions
 from ..foundation.core import check_whole
+from ..foundation.reprs import ShortRepr
 from ..influence.cross_scores import SCORES
 from ..influence.last_layer import LAST_LAYER
 from ..weights.class_weights import ClassWeighting
 from ..weights.transforms import Replace, weights_from_influence
 
 # %% ../../nbs/06_distillation/05_weighting.ipynb #e92c7141
-@dataclass(frozen=True, eq=False)
-class Influence:
+@dataclass(frozen=True, eq=False, repr=False)
+class Influence(ShortRepr):
     "Calibrated weights from influence scores; raises `ValueError` for an unknown score"
 
     score: tuple = ('mean', 'loss')  # what is scored, one of `SCORES`
@@ -41,8 +42,8 @@ class Influence:
         check_whole('folds', self.folds, 2)
 
 # %% ../../nbs/06_distillation/05_weighting.ipynb #8678f6bc
-@dataclass(frozen=True, eq=False)
-class Published:
+@dataclass(frozen=True, eq=False, repr=False)
+class Published(ShortRepr):
     "A transform of influence scores as weights; raises `ValueError` for an unknown transform or score"
 
     beta: float = 1.0  # strength of the transform
@@ -59,8 +60,8 @@ class Published:
         weights_from_influence(torch.zeros(1), self.transform, self.beta)
 
 # %% ../../nbs/06_distillation/05_weighting.ipynb #0fcd6203
-@dataclass(frozen=True, eq=False)
-class Fixed:
+@dataclass(frozen=True, eq=False, repr=False)
+class Fixed(ShortRepr):
     "Weights that are given; raises `ValueError` for weights that are not finite, negative or all zero"
 
     values: Tensor  # (n,) weights of the training samples, or (n + m,) with those of the validation samples after them
@@ -93,8 +94,8 @@ def _vector(name, values):
     return found.detach().cpu()
 
 # %% ../../nbs/06_distillation/05_weighting.ipynb #848b893e
-@dataclass(frozen=True, eq=False)
-class Reweighting:
+@dataclass(frozen=True, eq=False, repr=False)
+class Reweighting(ShortRepr):
     "Weights from a callback; raises `TypeError` for something that cannot be called"
 
     callback: Callable  # callback(step: Step) -> (b,)

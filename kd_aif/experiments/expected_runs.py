@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 
 from ..data.glue import GLUE
+from ..foundation.reprs import ShortRepr
 from ..reporting.labels import counted, percent
 
 # %% ../../nbs/10_experiments/17b_expected_runs.ipynb #9d7be6ef
-@dataclass(frozen=True)
-class ExpectedRuns:
+@dataclass(frozen=True, repr=False)
+class ExpectedRuns(ShortRepr):
     "Runs of the full tier that share a table: one for each method and seed"
 
     experiment: str  # name in the records
@@ -122,8 +123,8 @@ def covers(
     )
 
 # %% ../../nbs/10_experiments/17b_expected_runs.ipynb #6a9fb547
-@dataclass(frozen=True)
-class RunGroup:
+@dataclass(frozen=True, repr=False)
+class RunGroup(ShortRepr):
     "Expected runs, and the records there are of them"
 
     expected: ExpectedRuns  # the table

@@ -22,12 +22,13 @@ from ..few_labels.batches import GroundTruth, UnlabelledImages
 from ..few_labels.cross_fitting import CrossFit
 from ..few_labels.meta_pseudo_labels import ALGORITHMS
 from ..few_labels.settings import SSLTraining
+from ..foundation.reprs import ShortRepr
 from ..models.build import build_model
 from ..reporting.methods import Method, register
 
 # %% ../../nbs/10_experiments/13_ssl_methods.ipynb #13-ssl-methods-005
-@dataclass(frozen=True, eq=False)
-class SSLContext:
+@dataclass(frozen=True, eq=False, repr=False)
+class SSLContext(ShortRepr):
     "What a method is made from"
 
     task: SSLTask  # the setting
@@ -69,8 +70,8 @@ def ssl_training(
     return SSLTraining(**settings | changes)
 
 # %% ../../nbs/10_experiments/13_ssl_methods.ipynb #13-ssl-methods-013
-@dataclass(frozen=True, eq=False)
-class Recipe:
+@dataclass(frozen=True, eq=False, repr=False)
+class Recipe(ShortRepr):
     "What `train_ssl` gets from a method"
 
     algorithm: Algorithm  # with the settings of the task

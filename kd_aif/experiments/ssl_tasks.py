@@ -16,10 +16,11 @@ from ..data.sources import load_images
 from .tasks import check_choice, choose_task, PRECISIONS
 from ..few_labels.batches import GroundTruth, labelled_split, UnlabelledImages
 from ..foundation.core import check_fraction, check_positive, check_whole, default_device
+from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/10_experiments/12_ssl_tasks.ipynb #12-ssl-tasks-005
-@dataclass(frozen=True, kw_only=True)
-class SSLTask:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SSLTask(ShortRepr):
     "One setting of data, labels, network and training"
 
     dataset: str  # name in `DATASETS`

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 import kd_aif
 from ..distillation.checkpoint import Checkpoint
 from ..foundation.core import cache_dir
+from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/10_experiments/02b_storage.ipynb #b7b473c7
 TRAINING_CODE = ('foundation', 'data', 'models', 'distillation')  # folders that decide how a model is trained
@@ -33,8 +34,8 @@ def code_fingerprint(
 TRAINING_VERSION = 'v1'  # of what training computes
 
 # %% ../../nbs/10_experiments/02b_storage.ipynb #b85dcc71
-@dataclass(frozen=True, eq=False)
-class Storage:
+@dataclass(frozen=True, eq=False, repr=False)
+class Storage(ShortRepr):
     "Folders of teachers and of unfinished runs; raises `TypeError` for a version that is no text"
 
     teachers: str | Path | None = None  # folder of the trained teachers; None: a folder in `cache_dir()`

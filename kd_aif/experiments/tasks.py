@@ -16,6 +16,7 @@ import torch
 from ..data.human_labels import HUMAN_LABELS
 from ..data.glue import glue_task
 from ..foundation.core import check_fraction, check_positive, check_whole
+from ..foundation.reprs import ShortRepr
 from ..influence.cross_scores import SCORES
 
 # %% ../../nbs/10_experiments/01_tasks.ipynb #01-tasks-005
@@ -68,8 +69,8 @@ class TextSettings:
     n_test: int | None = None  # texts taken from the test set; None takes all
 
 # %% ../../nbs/10_experiments/01_tasks.ipynb #e7dfb309
-@dataclass(frozen=True, kw_only=True)
-class Task(DataSettings, NetworkSettings, MethodSettings, TextSettings):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Task(ShortRepr, DataSettings, NetworkSettings, MethodSettings, TextSettings):
     "One setting of data, networks, training and weights"
 
     dataset: str  # name in `DATASETS`, or glue/ and a task of `GLUE`

@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from .batches import GroundTruth, UnlabelledImages
 from ..foundation.core import check_fraction, check_positive
 from ..foundation.losses import weighted_mean
+from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/08_few_labels/02_algorithms.ipynb #8308753f
-@dataclass(frozen=True, eq=False)
-class SSLStep:
+@dataclass(frozen=True, eq=False, repr=False)
+class SSLStep(ShortRepr):
     "One training step, as an algorithm sees it; PyTorch's random generators are set for this step"
 
     student: nn.Module  # the network in training, in train mode
@@ -48,8 +49,8 @@ def logits(
     return list(z.split([len(x) for x in inputs]))
 
 # %% ../../nbs/08_few_labels/02_algorithms.ipynb #806de19c
-@dataclass(frozen=True, eq=False)
-class StepOutput:
+@dataclass(frozen=True, eq=False, repr=False)
+class StepOutput(ShortRepr):
     "The losses of one step, one number per image"
 
     supervised: Tensor  # (b,) of the labelled images; without gradient if they are only measured

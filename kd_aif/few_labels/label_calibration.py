@@ -14,6 +14,7 @@ import torch
 from torch import nn, Tensor
 
 from ..foundation.losses import batch_cross_entropy
+from ..foundation.reprs import ShortRepr
 from ..foundation.splits import stratified_folds
 from kd_aif.influence.last_layer import (
     last_layer_solver,
@@ -93,8 +94,8 @@ def fit_scales(
     return (both / torch.stack([torch.ones_like(unit), unit])).to(given)
 
 # %% ../../nbs/08_few_labels/09_label_calibration.ipynb #c63d6f25
-@dataclass(frozen=True, eq=False)
-class Calibration:
+@dataclass(frozen=True, eq=False, repr=False)
+class Calibration(ShortRepr):
     "What held-out images tell about a network's probabilities and influence scores"
 
     scales: Tensor  # (2,) a, κ of `fit_scales`

@@ -18,6 +18,7 @@ from ..data.images import ImageData
 from ..data.loaders import ImageBatches
 from .batches import GroundTruth, UnlabelledImages
 from ..foundation.core import evaluating, generator
+from ..foundation.reprs import ShortRepr
 from ..models.features import default_forward
 
 # %% ../../nbs/08_few_labels/03_pseudo_labels.ipynb #ab48eaf4
@@ -36,8 +37,8 @@ def label_quality(
     )
 
 # %% ../../nbs/08_few_labels/03_pseudo_labels.ipynb #2a452833
-@dataclass(frozen=True, eq=False)
-class PseudoLabelMeter:
+@dataclass(frozen=True, eq=False, repr=False)
+class PseudoLabelMeter(ShortRepr):
     "Measures pseudo-labels against the ground truth; raises `ValueError` where no unlabelled image is left"
 
     labelled: ImageData  # left out; also says how to normalise

@@ -16,6 +16,8 @@ from fastcore.basics import patch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..foundation.reprs import ShortRepr
+
 # %% ../../nbs/08_few_labels/04_settings.ipynb #70cbafb2
 from ..distillation.checkpoint import as_checkpoint, Checkpoint
 from .batches import SSLBatches
@@ -58,8 +60,8 @@ def _check_training(training):
     check_fraction('ema', training.ema)
 
 # %% ../../nbs/08_few_labels/04_settings.ipynb #09885a1f
-@dataclass(frozen=True)
-class SSLTraining:
+@dataclass(frozen=True, repr=False)
+class SSLTraining(ShortRepr):
     "How to train with few labels; raises `ValueError` or `TypeError` for settings outside their range"
 
     steps: int = 1000  # number of steps

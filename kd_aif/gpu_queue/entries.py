@@ -25,10 +25,11 @@ from ..experiments.task_data import task_data
 from ..experiments.tasks import Task
 from ..experiments.teachers import teacher_path, trained_teacher
 from ..foundation.core import atomic_write
+from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/12_gpu_queue/02_entries.ipynb #2029b208
-@dataclass(frozen=True)
-class Entry:
+@dataclass(frozen=True, repr=False)
+class Entry(ShortRepr):
     "One piece of work; raises `ValueError` for a name that cannot be that of a file"
 
     name: str  # of the entry, also of its files: letters, digits and `_ . + -`

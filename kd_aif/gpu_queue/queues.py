@@ -13,6 +13,7 @@ from ..benchmarks.full_size import make_scoring_task
 from ..experiments.expected_runs import EXPECTED, ExpectedRuns
 from ..experiments.ssl_tasks import make_ssl_task
 from ..experiments.tasks import make_task
+from ..foundation.reprs import ShortRepr
 from .entries import entries_of_run, TRAIN_ONLY, without_repetition
 
 # %% ../../nbs/12_gpu_queue/03_queues.ipynb #697a4a94
@@ -51,8 +52,8 @@ def table_entries(
     return [entry for run in entries for entry in run]
 
 # %% ../../nbs/12_gpu_queue/03_queues.ipynb #b7036ee7
-@dataclass(frozen=True)
-class Block:
+@dataclass(frozen=True, repr=False)
+class Block(ShortRepr):
     "Tables whose seeds are run in turn"
 
     group: str  # heading

@@ -23,9 +23,11 @@ import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 
+# %% ../../nbs/12_gpu_queue/06_sittings.ipynb #4bcb0fc3
 from ..benchmarks.full_size import ScoringTask
 from ..experiments.ssl_tasks import SSLTask
 from ..foundation.core import bar_options
+from ..foundation.reprs import ShortRepr
 from .entries import Entry, TEACHER
 from .estimates import TEACHERS_TRAINED
 from .workers import log_path, Outcome, Sitting, start_worker, worker_outcome
@@ -190,8 +192,8 @@ def shared_gpu(
             _end_service(control)
 
 # %% ../../nbs/12_gpu_queue/06_sittings.ipynb #d3861260
-@dataclass
-class Progress:
+@dataclass(repr=False)
+class Progress(ShortRepr):
     "Which entries wait, run, and have ended"
 
     entries: tuple  # of `Entry`, the most valuable first

@@ -14,6 +14,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
+from ..foundation.reprs import ShortRepr
+
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #003c8835
 from ..foundation.batches import batch_rows, check_order, sample_batches, sample_mask
 from ..foundation.splits import class_groups, stratified_folds
@@ -100,8 +102,8 @@ def combine_scores(
     return influence / train_influence.std().clamp_min(tiny) - losses / train_losses.std().clamp_min(tiny)
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #aa864194
-@dataclass(frozen=True, eq=False)
-class Scoring:
+@dataclass(frozen=True, eq=False, repr=False)
+class Scoring(ShortRepr):
     "How cross scores are computed"
 
     solver: object = None  # any of `kd_aif.influence.solvers`; default that of the layers

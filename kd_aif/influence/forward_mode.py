@@ -9,7 +9,7 @@ __all__ = ['ForwardModeRules', 'measuring', 'jvp', 'double_vjp', 'directional_de
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import nn, Tensor
@@ -169,6 +169,15 @@ def measuring(
         torch.backends.mha.set_fastpath_enabled(fused)
 
 # %% ../../nbs/04_influence/01_forward_mode.ipynb #947afb6a
+@cache
+def _load_rules():
+    "PyTorch compiles some rules of forward mode when they are first needed, in a way that it warns of"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*torch.jit.script.* is deprecated', FutureWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+# %% ../../nbs/04_influence/01_forward_mode.ipynb #7145a692
 def jvp(
     function: Callable,  # function(parameters) -> tensor
     parameters: dict,  # name -> tensor: where
@@ -176,6 +185,7 @@ def jvp(
 ) -> tuple[Tensor, Tensor]:  # the value, and its derivative along the direction
     """Value and Jacobian-vector product in one forward pass.
     Raises what PyTorch raises for an operation without forward mode."""
+    _load_rules()
     with forward_ad.dual_level(), ForwardModeRules():
         dual = {k: forward_ad.make_dual(p, tangents[k]) for k, p in parameters.items()}
         value, tangent = forward_ad.unpack_dual(function(dual))

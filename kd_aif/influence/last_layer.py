@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..foundation.batches import batch_rows, check_order, find_positions, sample_mask, to_device
 from ..foundation.core import bar_options, generator
+from ..foundation.reprs import ShortRepr
 from ..foundation.splits import class_groups
 from .curvature import FlatModel
 from .forward_mode import measuring
@@ -77,8 +78,8 @@ def _check_losses(losses, n):
 LAST_LAYER = True  # default of every parameter `last_layer` in the package
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #07-influence-018
-@dataclass(frozen=True)
-class LastLayerView:
+@dataclass(frozen=True, repr=False)
+class LastLayerView(ShortRepr):
     "Inputs of the last linear layer for a set of samples, and the derivatives of the loss at its output"
 
     features: Tensor  # (n, d) input of the layer, with a column of ones when it has a bias

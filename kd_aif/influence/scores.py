@@ -19,6 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn, Tensor
 
+from ..foundation.reprs import ShortRepr
+
 # %% ../../nbs/04_influence/09_scores.ipynb #ed6f697b
 from ..foundation.batches import check_order, sample_batches
 from ..foundation.core import atomic_path, wall_seconds
@@ -216,8 +218,8 @@ def all_layer_solver(
     return CG() if columns == 1 else Woodbury(n_samples=rows)
 
 # %% ../../nbs/04_influence/09_scores.ipynb #3e2f3b64
-@dataclass(frozen=True, eq=False)
-class AllLayerOptions:
+@dataclass(frozen=True, eq=False, repr=False)
+class AllLayerOptions(ShortRepr):
     "How all layers are scored, and where the solver starts; raises `ValueError` for an unknown `mode`"
 
     mode: str = 'auto'  # 'auto' and 'forward' exact, 'finite' faster, see `directional_scores`

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 from fastcore.basics import patch
 
+from ..foundation.reprs import ShortRepr
+
 # %% ../../nbs/09_reporting/01_methods.ipynb #01-records-005
 FAMILIES = {  # family -> what its methods are, in the order of tables and figures
     'control': 'controls: no weights, or the labelled samples alone',
@@ -46,8 +48,8 @@ _ROLE_OF = dict(  # family -> role, where it has another name
 )
 
 # %% ../../nbs/09_reporting/01_methods.ipynb #01-records-006
-@dataclass(frozen=True)
-class Method:
+@dataclass(frozen=True, repr=False)
+class Method(ShortRepr):
     "A way to train that can be recorded, compared and shown. Raises ValueError for a name or family that is unfit."
 
     name: str  # short name, as in records: letters, digits and `_ . + -`

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import yaml
 
+from ..foundation.reprs import ShortRepr
+
 # %% ../../nbs/09_reporting/16b_outline.ipynb #8e7ea47f
 @dataclass(frozen=True)
 class Page:
@@ -64,8 +66,8 @@ def _entries(contents, section=''):
             yield from _entries(item.get('contents', ()), item.get('section', section))
 
 # %% ../../nbs/09_reporting/16b_outline.ipynb #f6d9a0bd
-@dataclass(frozen=True)
-class Outline:
+@dataclass(frozen=True, repr=False)
+class Outline(ShortRepr):
     "The pages of the site and what stands around them"
 
     title: str  # name of the package

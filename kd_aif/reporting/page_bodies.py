@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..foundation.reprs import ShortRepr
 from .outline import Page
 
 # %% ../../nbs/09_reporting/16c_page_bodies.ipynb #004f06ce
@@ -264,8 +265,8 @@ def _finish(soup, page: Page, link: Callable, parse: Callable):
         quote['class'] = 'lead'
 
 # %% ../../nbs/09_reporting/16c_page_bodies.ipynb #9af670f3
-@dataclass(frozen=True)
-class Body:
+@dataclass(frozen=True, repr=False)
+class Body(ShortRepr):
     "What a notebook gives to its page"
 
     html: str  # of the cells

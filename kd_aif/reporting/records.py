@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
+from ..foundation.reprs import ShortRepr
 from .labels import metric, noise_label, p_value_text
 from .methods import method_label
 from .origins import run_origin
@@ -61,8 +62,8 @@ IDENTITY = (
 )  # say which run it is
 
 # %% ../../nbs/09_reporting/05_records.ipynb #01-records-013
-@dataclass(frozen=True)
-class Record:
+@dataclass(frozen=True, repr=False)
+class Record(ShortRepr):
     "One run: what was trained on what, how, and what came out. Fields are converted to plain JSON types."
 
     experiment: str  # name of the experiment, also a folder: letters, digits, `_ . + -`

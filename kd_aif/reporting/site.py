@@ -80,6 +80,7 @@ math[display=block] { overflow-x: auto; overflow-y: hidden; padding: .3rem 0 }
 _CODE = """
 code { font: .88em/1.5 var(--mono); background: var(--soft); padding: .1em .25em; border-radius: 3px;
   overflow-wrap: anywhere }
+td code, th code { overflow-wrap: normal }
 pre { margin: .5rem 0; padding: .6rem .8rem; border-radius: 6px; font: 13px/1.5 var(--mono) }
 pre code { padding: 0; background: none; font: inherit }
 .highlight pre, .text_cell_render pre { background: var(--soft); border: 1px solid var(--line);
@@ -92,13 +93,15 @@ pre code { padding: 0; background: none; font: inherit }
 # %% ../../nbs/09_reporting/17_site.ipynb #eb826b58
 _TABLES = """
 .table { overflow-x: auto; margin: .8rem 0 }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+table { border: 0; border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .7rem; border: 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 th { background: var(--soft); vertical-align: bottom }
 .output td, .output th { text-align: right; white-space: nowrap }
+.output thead th { white-space: normal; min-width: 4.5rem }
 .output :is(td, th):first-child { text-align: left; position: sticky; left: 0; min-width: 9.5rem; max-width: 24rem;
   white-space: normal }
 .output td:first-child { background: var(--bg) }
+.output .dataframe:has(tbody th) :is(td, th):first-child { min-width: 3rem }
 """
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import pandas as pd
 from fastcore.basics import patch
 
+from ..foundation.reprs import ShortRepr
 from .forms import matching_records, method_forms, metric_by_seed, one_setting, variants
 from .labels import Metric, percent
 from .labels import metric as metric_named
@@ -65,8 +66,8 @@ def _row(label, method, form, values):
     )
 
 # %% ../../nbs/09_reporting/09_summary.ipynb #01-records-044
-@dataclass(frozen=True)
-class SummaryTable:
+@dataclass(frozen=True, repr=False)
+class SummaryTable(ShortRepr):
     "Methods of one setting side by side; displays as a table in notebooks."
 
     rows: list  # one dict per method and form: mean, std, seeds, values by seed, differences by control, ...

@@ -22,6 +22,7 @@ from ..distillation.trainer import Fit, Step, Trainer
 from ..foundation.batches import batch_size, eval_view, model_device, to_device
 from ..foundation.core import check_fraction, check_positive, check_whole, evaluating, generator
 from ..foundation.losses import softened_divergence, squared_difference, weighted_mean
+from ..foundation.reprs import ShortRepr
 from ..influence.curvature import _Forward
 from .online_teachers import divergence
 from ..weights.sample_weights import WeightTable
@@ -40,8 +41,8 @@ def _divergence(student_logits, teacher_logits, T):
 _TWINS = {softened_divergence: _divergence, squared_difference: _squared}
 
 # %% ../../nbs/07_rivals/17_learning_teachers.ipynb #597ae008
-@dataclass(frozen=True, eq=False)
-class Lesson:
+@dataclass(frozen=True, eq=False, repr=False)
+class Lesson(ShortRepr):
     "A batch on which a student would take one step, and validation samples that judge it"
 
     student: nn.Module  # left as it is
@@ -66,8 +67,8 @@ def _parameters(student):
     return {f'model.{k}': p for k, p in student.named_parameters() if p.requires_grad}
 
 # %% ../../nbs/07_rivals/17_learning_teachers.ipynb #8bfb0098
-@dataclass(frozen=True, eq=False)
-class Feedback:
+@dataclass(frozen=True, eq=False, repr=False)
+class Feedback(ShortRepr):
     "How the student's logits for a batch would move along the validation gradient v; nothing has a graph"
 
     logits: Tensor  # (b, C) at θ
@@ -196,8 +197,8 @@ class EndlessBatches:
         return self.batches[torch.randperm(len(self.batches), generator=g)[place]]
 
 # %% ../../nbs/07_rivals/17_learning_teachers.ipynb #2c9fc8fb
-@dataclass(eq=False)
-class MetaDistil:
+@dataclass(eq=False, repr=False)
+class MetaDistil(ShortRepr):
     """A `teacher_update`: the teacher descends the student's validation loss after a virtual step.
     Zhou et al. (2022), Algorithm 1. Raises `ValueError` for a learning rate out of range."""
 
@@ -316,7 +317,7 @@ def __call__(
     self._trainer.optimizer.zero_grad(set_to_none=True)
 
 # %% ../../nbs/07_rivals/17_learning_teachers.ipynb #a7088e20
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class LGTM(MetaDistil):
     """A `teacher_update`: influence on the student, and a loss of the teacher's own. Ren et al. (2023), LGTM.
     Raises `ValueError` for numbers out of range."""

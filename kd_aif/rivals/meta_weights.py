@@ -19,6 +19,7 @@ from ..distillation.trainer import Step
 from ..foundation.batches import batch_rows, batch_size, merged, eval_view, to_device
 from ..foundation.core import check_positive, check_whole, generator
 from ..foundation.losses import batch_cross_entropy
+from ..foundation.reprs import ShortRepr
 from ..influence.curvature import _Forward
 from ..influence.forward_mode import directional_derivative
 from .reweighting import mean_one, ReweightingCallback, training_rows
@@ -117,8 +118,8 @@ def draw(self: _ValidationSampler):
     return batch_rows(*self.rest.pop())
 
 # %% ../../nbs/07_rivals/06_meta_weights.ipynb #06-meta-weights-026
-@dataclass(eq=False)
-class LearningToReweight(ReweightingCallback):
+@dataclass(eq=False, repr=False)
+class LearningToReweight(ShortRepr, ReweightingCallback):
     """A reweighting callback: weights from one gradient step on the validation loss.
     Ren et al. (2018), Algorithm 1. Raises `ValueError`/`TypeError` for an empty `val` or a generator."""
 
@@ -142,8 +143,8 @@ def __call__(self: LearningToReweight, step):
     return mean_one((-gradient).clamp_min(0), step.batch)
 
 # %% ../../nbs/07_rivals/06_meta_weights.ipynb #06-meta-weights-031
-@dataclass(eq=False)
-class MetaWeightNet(ReweightingCallback):
+@dataclass(eq=False, repr=False)
+class MetaWeightNet(ShortRepr, ReweightingCallback):
     """A reweighting callback: a small network from loss to weight, trained by the meta-gradient.
     Shu et al. (2019), Algorithm 1.
     Raises `ValueError`/`TypeError` for an empty `val`, a generator or sizes ≤ 0."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..foundation.core import check_fraction, check_positive
 from ..foundation.losses import batch_cross_entropy
+from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/07_rivals/03_robust_losses.ipynb #03-robust-losses-005
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class GeneralizedCrossEntropy:
         return -torch.expm1(-self.q * F.cross_entropy(logits, batch['y'], reduction='none')) / self.q
 
 # %% ../../nbs/07_rivals/03_robust_losses.ipynb #03-robust-losses-011
-@dataclass(frozen=True, eq=False)
-class LogitAdjusted:
+@dataclass(frozen=True, eq=False, repr=False)
+class LogitAdjusted(ShortRepr):
     """Cross-entropy of the logits plus τ·log π, as `loss` of `distill`. Menon et al. (2021), eq. 10.
     Raises `ValueError` for a class without a positive count or `tau` below 0."""
 

@@ -16,9 +16,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+# %% ../../nbs/08b_trust/06_principles.ipynb #1e230ad6
 from ..data.images import ImageData, subset
 from ..foundation.batches import eval_view
 from ..foundation.core import bar_options, generator
+from ..foundation.reprs import ShortRepr
 from ..models.features import default_forward
 from .corruptions import corrupt_images, CORRUPTIONS
 from .network_costs import network_cost
@@ -34,8 +36,8 @@ from kd_aif.trust.regions import (
 )
 
 # %% ../../nbs/08b_trust/06_principles.ipynb #46dc4b6e
-@dataclass(frozen=True)
-class SafeOptions:
+@dataclass(frozen=True, repr=False)
+class SafeOptions(ShortRepr):
     "What a report needs to know beside networks and samples"
 
     protected: Callable | None = None  # change(batch) -> batch without a protected variable

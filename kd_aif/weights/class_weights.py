@@ -20,6 +20,7 @@ from ..data.training_set import PilotSample, TrainingSet
 from ..foundation.batches import batch_rows, merged, eval_view, to_device
 from ..foundation.core import check_fraction, check_positive, evaluating, generator
 from ..foundation.losses import batch_cross_entropy
+from ..foundation.reprs import ShortRepr
 from ..foundation.splits import stratified_folds
 from kd_aif.influence.last_layer import (
     last_layer_solver,
@@ -37,8 +38,8 @@ def _class_gradients(view, weights):
     return sums / onehot.sum(0).clamp_min(1e-12)
 
 # %% ../../nbs/05_weights/05_class_weights.ipynb #6bcd3a8d
-@dataclass(frozen=True, eq=False)
-class ClassShares:
+@dataclass(frozen=True, eq=False, repr=False)
+class ClassShares(ShortRepr):
     "What part of the training loss each class has; both sum to one together"
 
     train: Tensor  # (C,) training samples, with their present weight

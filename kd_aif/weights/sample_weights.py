@@ -70,6 +70,14 @@ def uniform(self: SampleWeights) -> bool:
     "All weights are exactly one"
     return torch.equal(self.all_weights, torch.ones_like(self.all_weights))
 
+# %% ../../nbs/05_weights/04_sample_weights.ipynb #4c1e3dac
+@patch
+def __repr__(self: SampleWeights):
+    beside = f' beside {len(self.validation_labels):,} good ones' if len(self.validation_labels) else ''
+    least, most = self.all_weights.min(), self.all_weights.max()
+    weights = 'all weights one' if self.uniform else f'weights from {least:.3g} to {most:.3g}'
+    return f'SampleWeights: {self.n:,} samples{beside}, {weights}'
+
 # %% ../../nbs/05_weights/04_sample_weights.ipynb #38c6c05d
 @patch
 def refresh(

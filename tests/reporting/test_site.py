@@ -160,6 +160,14 @@ def test_code_is_not_clipped():
     assert clipping_rules('pre { overflow: hidden }') == ['pre']
 
 
+def test_tables_have_one_look():
+    "Also those of pandas, whose border attribute draws a grid; words in code are not taken apart, headings wrap"
+    style = style_sheet()
+    assert 'border: 0' in declared(style, 'table') and 'border: 0' in declared(style, 'td')
+    assert 'overflow-wrap: normal' in declared(style, 'td code')
+    assert 'white-space: normal' in declared(style, '.output thead th')
+
+
 CLIPPED = """<script>addEventListener('load', () => {
 const cut = [...document.querySelectorAll('pre, .table')].filter(e => {
   for (let d = e.parentElement; d; d = d.parentElement) if (d.tagName == 'DETAILS') d.open = true
