@@ -108,11 +108,19 @@ def read_options(
     return runs(**own), options
 
 # %% ../../nbs/10_experiments/18_options.ipynb #18-options-023
+def _print_anything():
+    "Let output and error stream replace characters that they cannot encode"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # streams of notebooks take every character
+            stream.reconfigure(errors='replace')
+
+
 @contextmanager
 def plain_errors():  # a context manager
     "Print the message of an input error and leave with code 2"
     # PyTorch's own, from its first forward-mode product
     warnings.filterwarnings('ignore', message='.*torch.jit.script.*')
+    _print_anything()
     try:
         yield
     except (ValueError, TypeError, OSError) as e:

@@ -656,6 +656,14 @@ def test_report_of_one_experiment(console, monkeypatch):
     assert files('mine') == sorted(['page.html', *figures])
 
 
+def test_a_console_that_knows_ascii_only(monkeypatch):
+    "The summary has a middle dot and ±; the runs are made, so the command must not fail at its last line"
+    env = os.environ | dict(PYTHONIOENCODING='ascii', OMP_NUM_THREADS='1')
+    command = [sys.executable, script('kd_aif_run'), '--dataset', 'digits', '--epochs', '1', '--seeds', '1']
+    done = subprocess.run([*command, '--method', 'ce', '--out', 'r'], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and 'Test accuracy: mean ?' in done.stdout, done.stderr
+
+
 def test_report_with_a_broken_browser(console, monkeypatch):
     monkeypatch.setattr('kd_aif.reporting.printing.find_browser', lambda: shutil.which('true'))
     folder = Path(__file__).parents[2] / 'reports' / 'results' / 'quickstart'
