@@ -2,6 +2,7 @@
 
 import json
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import matplotlib
@@ -151,3 +152,14 @@ def test_captions_follow_the_records():
     assert 'n = 8,372 to 26,032 test samples' in text and '2 to 3 of them for each method' in text
     assert 'tier full and lite' in text and text.endswith('Not run: oracle.*')
     assert seeds_text([3]) == 'seed 3' and seeds_text([5, 3]) == 'seeds 3, 5'
+
+
+def test_every_figure_is_listed():
+    "reports/figures/README.md has a row for every figure, and none for one that is not there"
+    folder = ROOT / 'reports' / 'figures'
+    lines = (folder / 'README.md').read_text(encoding='utf-8').splitlines()
+    rows = [line for line in lines if line.startswith('| `')]
+    patterns = [name for row in rows for name in re.findall(r'`([\w*]+)`', row.split('|')[1])]
+    names = [p.stem for p in folder.glob('*.png')]
+    assert names and not [n for n in names if not any(fnmatch(n, p) for p in patterns)]
+    assert not [p for p in patterns if not any(fnmatch(n, p) for n in names)]
