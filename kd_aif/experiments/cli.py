@@ -317,7 +317,7 @@ _RECORDS = Param('folder of records; default the report of the project', str, op
 
 @call_parse
 def kd_aif_report(
-    records: _RECORDS = None,
+    records: _RECORDS = None,  # folder of records; default the report of the project
     out: str = 'reports/report.html',  # page to write; PDF and figures go beside it
     site: str = None,  # folder of a site of all notebooks, made instead; needs a source checkout
     pdf: bool = True,  # whether the page is printed, by a browser of the Chromium family
