@@ -284,6 +284,8 @@ def _all_sections(folder):
     everything = _records_of(folder)
     full = [r for r in everything if in_full_tier(r)]
     others = [r for r in everything if headline_score(r) is not None and not in_full_tier(r)]
+    if left := len(everything) - len(others + full):
+        print(f'{left} records without a score are left out: benchmarks, or runs of another kind')
     if not others + full:
         raise ValueError(
             f"records: there is none in {Path(folder).resolve()}; "
@@ -297,7 +299,7 @@ def _all_sections(folder):
 # %% ../../nbs/10_experiments/19_cli.ipynb #6933a41b
 def _records_of(folder):
     "Records of all experiments in a folder, or of the one whose folder it is"
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     one = any(folder.glob('*.jsonl'))
     return load_records(folder.parent, folder.name) if one else load_records(folder)
 
@@ -308,8 +310,24 @@ def _write_records_report(folder, out, pdf):
     page = html_report(out, 'kd_aif: results', sections)
     drawn = [item for _, items in sections for item in items if isinstance(item, (Axes, Figure))]
     figures = write_figures(page.with_name(f'{page.stem}_figures'), map(both_forms, drawn))
+    page.with_suffix('.pdf').unlink(missing_ok=True)  # that of an earlier page
     printed = print_pdf(page, page.with_suffix('.pdf')) if pdf else None
     _say_written(f'{n} records', PaperFiles(page, figures, printed), pdf)
+
+# %% ../../nbs/10_experiments/19_cli.ipynb #d13f23a2
+def _check_page(out):
+    "Raise `ValueError` for a page that could not be written, or would be another file than a page"
+    out = Path(out)
+    if out.suffix.lower() not in ('.html', '.htm'):
+        raise ValueError(
+            f"out is {str(out)!r}; give a name that ends with .html, PDF and figures go beside it"
+        )
+    check_folder(out.parent)
+    check_folder(out.with_name(f'{out.stem}_figures'))
+    if out.is_dir():
+        raise ValueError(
+            f"out is {str(out)!r}, which is a folder; give the name of a file, such as {out}/report.html"
+        )
 
 # %% ../../nbs/10_experiments/19_cli.ipynb #eef0cb7c
 _RECORDS = Param('folder of records; default the report of the project', str, opt=False, nargs='?')
@@ -320,13 +338,13 @@ def kd_aif_report(
     records: _RECORDS = None,  # folder of records; default the report of the project
     out: str = 'reports/report.html',  # page to write; PDF and figures go beside it
     site: str = None,  # folder of a site of all notebooks, made instead; needs a source checkout
-    pdf: bool = True,  # whether the page is printed, by a browser of the Chromium family
+    pdf: bool = True,  # print the page too, where there is a browser of the Chromium family
 ):
     "Write the report of the project, or of a folder of records, as one page, PDF and figures; trains nothing"
     with plain_errors():
         if site:
             return _write_site(site)
-        check_folder(Path(out).parent)
+        _check_page(out)
         if records is None and _PAPER.exists():
             return _write_project_report(out, pdf)
         _write_records_report(records or 'reports/results', out, pdf)

@@ -159,11 +159,19 @@ def claim_row(
     name: str,  # of the setting
     records: Sequence[Record],  # of the setting
     ours: str = 'kd_aif_both',  # short name
-) -> list:  # of texts: setting, gain, strongest rival, ours minus it, number of rivals
+) -> (
+    list
+):  # of texts: setting, training samples × epochs, gain, strongest rival, ours minus it, number of rivals
     "A setting in one row: the gain over the control, and the strongest rival beside it"
     rival, d, n = strongest_rival(records, ours)
     named = method_label(rival) if rival else '–'
-    return [name, gain_cell(gain(records, ours)), named, gain_cell(d), str(n)]
+    return [name, _size(records), gain_cell(gain(records, ours)), named, gain_cell(d), str(n)]
+
+
+def _size(records):
+    "Training samples × epochs of the first record"
+    first = next(iter(records), None)
+    return f"{first.dataset['rows']['train']:,} × {first.config['epochs']}" if first else '–'
 
 # %% ../../nbs/10_experiments/17j_paper.ipynb #4eb744e5
 def whole_gains(
@@ -191,9 +199,16 @@ def weights_panels(
 ) -> Figure:  # not registered with pyplot
     "Histograms of the weights of right and of wrong labels, side by side"
     figure = new_figure(8.5, 2.8, 'Weights of right and of wrong labels: ' + ', '.join(runs))
-    axes = figure.subplots(1, len(runs), squeeze=False)[0]
+    axes = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
     for ax, (title, record) in zip(axes, runs.items()):
         weight_histogram(record.metrics['weight_histogram'], ax=ax)
         ax.set_title(title, fontsize=9)
         ax.label_outer()
+    axes[0].set_ylim(0, 1.4 * max(_tallest(r.metrics['weight_histogram']) for r in runs.values()))
     return figure
+
+
+def _tallest(histogram):
+    "Percent of its group in the tallest bar"
+    groups = [histogram[name] for name in ('clean', 'wrong') if sum(histogram[name])]
+    return max(100 * max(group) / sum(group) for group in groups)

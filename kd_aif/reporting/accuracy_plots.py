@@ -84,7 +84,9 @@ def accuracy_figure(
     ]
     run = {r.method for r in records}
     control = next((c for c in controls if c in run), None)
-    n = [len(methods)] + ([max(sum(m != control for m in methods), 1)] if control else [])
+    others = sum(m != control for m in methods)
+    control = control if others else None  # a control alone has nothing that is compared with it
+    n = [len(methods)] + ([others] if control else [])
     heights = [HEAD + ROW * k for k in n]
     figure = new_figure(8, sum(heights) + 0.8, 'Accuracy of each method, with its runs and 95 % interval')
     axes = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from scipy import stats
 
-from .methods import METHODS
+from .methods import method_label, METHODS
 from .paired import paired_difference
 from .summary import summary_table
 
@@ -50,7 +50,7 @@ class Finding:
     low: float  # end of its own interval; nan with one seed
     high: float  # the other end
     n: int  # common seeds
-    verdict: str  # 'above', 'below', 'perhaps above', 'perhaps below', 'open', 'one seed' or 'no common seed'
+    verdict: str  # a key of `_WORDS`, such as 'above', 'perhaps above', 'open' or 'one seed'
     seeds: int | None  # that would decide an open one; None if too many, or decided
 
 # %% ../../nbs/09_reporting/10e_conclusions.ipynb #31b48e4b
@@ -65,7 +65,9 @@ def _finding(label, by_seed, m):
     "The finding of a row; `by_seed` are its differences, `m` the number of comparisons"
     zero = dict.fromkeys(by_seed, 0.0)
     own, wide = (paired_difference(by_seed, zero, level) for level in (0.95, 1 - 0.05 / m))
-    if own.n < 2:
+    if own.n and not any(by_seed.values()):
+        verdict, seeds = 'identical', None
+    elif own.n < 2:
         verdict, seeds = ('one seed' if own.n else 'no common seed'), None
     elif side := _side(own):
         verdict, seeds = side if _side(wide) else f'perhaps {side}', None
@@ -115,6 +117,7 @@ _WORDS = {  # verdict -> how its sentence begins
     'below': 'Below {control}, also when all {m} comparisons are allowed for',
     'perhaps below': 'Below {control} by its own interval alone, which chance may explain among {m} comparisons',
     'open': 'Not to be told from {control}',
+    'identical': 'The same as {control} on every common seed',
     'one seed': 'With one common seed nothing can be said of chance',
     'no common seed': 'Without a seed in common with {control}',
 }
@@ -125,11 +128,11 @@ def _words(finding):
     if not finding.n:
         return finding.label
     text = f'{finding.label} {finding.mean:+.2f}'
-    if finding.n < 2:
+    if finding.n < 2 or finding.verdict == 'identical':
         return text
     text += f' [{finding.low:+.2f}, {finding.high:+.2f}] with {finding.n} seeds'
     if finding.verdict == 'open':
-        text += f', {finding.seeds or "more than 100"} would be needed'
+        text += f', some {finding.seeds or "more than 100"} would be needed'
     return text
 
 # %% ../../nbs/09_reporting/10e_conclusions.ipynb #1471ca90
@@ -137,7 +140,7 @@ def _words(finding):
 def sentences(self: Conclusion) -> list:  # of str
     "One for each verdict that was given"
     if self.control is None:
-        wanted = ', '.join(CONTROLS[:2])
+        wanted = ' or '.join(map(method_label, CONTROLS[:2]))
         return [f'No control was run, so nothing can be said about gains: run {wanted} on the same seeds.']
     if not self.findings:
         return [f'Only {self.control} was run: there is nothing to compare.']

@@ -38,7 +38,9 @@ td { white-space: nowrap } th { background: var(--soft); vertical-align: bottom 
 th:first-child, td:first-child { text-align: left } .caption { font-size: .88rem; opacity: .8 }
 figure { margin: 1.2rem 0 }
 figure img { max-width: 100%; height: auto; background: #fff; border-radius: 6px }
-@media print { body { max-width: none; margin: 0 } figure, table { break-inside: avoid } }
+@page { size: A4; margin: 14mm 12mm }
+@media print { body { max-width: none; margin: 0; font-size: 10pt } figure, tr { break-inside: avoid }
+  .table { overflow: visible } table { font-size: 7.5pt } th, td { padding: .15rem .3rem } td { white-space: normal } }
 """
 
 # %% ../../nbs/09_reporting/15_html.ipynb #13-plots-040

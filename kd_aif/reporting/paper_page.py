@@ -30,16 +30,21 @@ def fresh_run(
 ):  # the notebook with its outputs, as nbformat has it
     """Run all cells of a notebook without changing the file.
 
-    Raises ImportError where nbclient is missing, and nbclient's CellExecutionError where a cell fails."""
+    Raises ImportError where nbclient is missing, and ValueError where a cell fails, with its last line."""
     try:
         import nbformat
         from nbclient import NotebookClient
+        from nbclient.exceptions import CellExecutionError
     except ImportError as e:
         raise ImportError(f'the report needs {e.name}: pip install "kd_aif[dev]"') from None
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(_FORMS))
     where = {'metadata': {'path': str(Path(path).parent)}}
-    NotebookClient(notebook, timeout=seconds, kernel_name='python3', resources=where).execute()
+    options = dict(timeout=seconds, kernel_name='python3', extra_arguments=['--IPKernelApp.log_level=40'])
+    try:
+        NotebookClient(notebook, resources=where, **options).execute()
+    except CellExecutionError as e:
+        raise ValueError(f'{path} stopped: {e.ename}: {e.evalue}') from None
     del notebook.cells[0]
     return notebook
 
@@ -156,4 +161,5 @@ def write_paper(
     body = Body(_with_svg(body, notebook), body.headings, body.names, body.files)
     atomic_write(out, paper_html(page, body, outline))
     figures = write_figures(out.with_name(f'{out.stem}_figures'), _figures(notebook))
+    out.with_suffix('.pdf').unlink(missing_ok=True)  # that of an earlier page
     return PaperFiles(out, figures, print_pdf(out, out.with_suffix('.pdf')) if pdf else None)

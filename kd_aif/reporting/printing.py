@@ -8,6 +8,7 @@ __all__ = ['BROWSERS', 'find_browser', 'print_pdf', 'write_figures', 'both_forms
 # %% ../../nbs/09_reporting/17b_printing.ipynb #7cf204ee
 import io
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -64,6 +65,9 @@ def _run(command, seconds):
     return done.stderr.strip()
 
 # %% ../../nbs/09_reporting/17b_printing.ipynb #47331b12
+_OURS = re.compile(r'figure_\d+\.(png|svg)')  # names that are written here
+
+
 def write_figures(
     folder,  # where figure_1.png, figure_1.svg and so on go
     figures,  # pairs of bytes: PNG, SVG
@@ -73,8 +77,8 @@ def write_figures(
     for k, both in enumerate(figures, 1):
         for suffix, content in zip(('png', 'svg'), both):
             written.append(atomic_write(folder / f'figure_{k}.{suffix}', content))
-    for old in [*folder.glob('figure_*.png'), *folder.glob('figure_*.svg')]:
-        if old not in written:
+    for old in folder.glob('figure_*.*'):
+        if old not in written and _OURS.fullmatch(old.name):
             old.unlink()
     return written
 

@@ -1,6 +1,7 @@
 """The report: every sentence follows its records"""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from nbclient import NotebookClient
 
 from kd_aif.experiments.paper import claim_row, gains_figure, settings_rows
 from kd_aif.experiments.tasks import TASKS
-from kd_aif.reporting.claims import gain, gain_words
+from kd_aif.reporting.claims import gain, gain_cell, gain_words
 from kd_aif.reporting.record_files import load_records
 from kd_aif.reporting.records import group_records
 
@@ -65,12 +66,26 @@ def mutated(tmp_path, monkeypatch):
 def test_one_accuracy_changes_every_sentence_that_quotes_it_and_no_other(mutated):
     committed = texts(nbformat.read(REPORT, 4))
     assert committed.keys() == mutated.keys()
-    quoted = gain_words(gain(symmetric_noise(), 'kd_aif_both'))
-    quoting = {cell for cell, text in committed.items() if quoted in text}
-    assert len(quoting) == 2  # the abstract, and the table beside the strongest rival
+    records = symmetric_noise()
+    pairs = (
+        ('kd_aif_both', 'kd_val'),
+        ('kd_aif_both', 'small_loss_calibrated_both'),
+        ('kd_aif_twice', 'kd_aif_both'),
+    )
+    quoted = [words(gain(records, *pair)) for pair in pairs for words in (gain_words, gain_cell)]
+    quoting = {cell for cell, text in committed.items() if any(q in text for q in quoted)}
+    assert len(quoting) == 3  # the abstract, the table beside the strongest rival, what did not work
     changed = {cell for cell, text in committed.items() if text != mutated[cell]}
     assert changed == quoting
-    assert not any(quoted in text for text in mutated.values())
+    assert not any(q in text for text in mutated.values() for q in quoted)
+
+
+def test_no_measured_number_is_typed():
+    "Prose has no number with a decimal point and no signed one: those come from code, which reads records"
+    nb = nbformat.read(REPORT, 4)
+    prose = '\n'.join(c.source.partition('## References')[0] for c in nb.cells if c.cell_type == 'markdown')
+    prose = re.sub(r'\$\$?.*?\$\$?|\]\([^)]*\)', '', prose, flags=re.DOTALL)
+    assert re.findall(r'(?<![\w.])[+−-]?\d+\.\d+|(?<![\w.])[+−]\d+', prose) in ([], ['0.5'])  # α = 0.5
 
 
 def test_the_report_shows_no_error_and_no_raw_name():
@@ -89,7 +104,7 @@ def test_settings_are_those_of_the_tasks():
 
 def test_a_setting_without_records_says_not_run():
     row = claim_row('nothing', [])
-    assert row[1] == 'not run'
+    assert row[1:3] == ['–', 'not run']
     assert row[-1] == '0'
     figure = gains_figure(dict(nothing=[]), ('kd_aif_both',))
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ['nothing']
