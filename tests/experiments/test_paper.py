@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 from kd_aif.experiments.paper import claim_row, gains_figure, settings_rows
 from kd_aif.experiments.tasks import TASKS
 from kd_aif.reporting.claims import gain, gain_cell, gain_words
+from kd_aif.reporting.labels import dataset_label
 from kd_aif.reporting.record_files import load_records
 from kd_aif.reporting.records import group_records
 
@@ -98,7 +99,7 @@ def test_the_report_shows_no_error_and_no_raw_name():
 
 def test_settings_are_those_of_the_tasks():
     header, rows = settings_rows()
-    assert {row[0] for row in rows} == {dataset for dataset, tier in TASKS if tier == 'lite'}
+    assert {row[0] for row in rows} == {dataset_label(dataset) for dataset, tier in TASKS if tier == 'lite'}
     assert all(len(row) == len(header) for row in rows)
 
 
