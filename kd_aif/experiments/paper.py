@@ -88,19 +88,10 @@ def method_figure() -> Figure:  # not registered with pyplot
 # %% ../../nbs/10_experiments/17j_paper.ipynb #58b6e89e
 def settings_rows() -> tuple:  # header, and rows of texts
     "Data, networks, epochs and learning rates of the tasks of tier lite"
-    header = [
-        'data',
-        'rows',
-        'held out',
-        'teacher',
-        'student',
-        'epochs',
-        'learning rate',
-        'batch',
-    ]
+    header = ['data', 'rows', 'held out', 'teacher', 'student', 'epochs', 'learning rate', 'batch']
     return header, [_settings_row(t) for (_, tier), t in TASKS.items() if tier == 'lite']
 
-
+# %% ../../nbs/10_experiments/17j_paper.ipynb #4a7c9862
 def _settings_row(task):
     "One task in words"
     rows = 'all' if task.n_train is None else f'{task.n_train:,}'

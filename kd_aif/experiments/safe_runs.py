@@ -162,15 +162,24 @@ def safe_verdict(
     method: str,  # short name
     control: str,  # short name of the method it is compared with
 ) -> str:  # a sentence
-    "Which measures are better or worse than the control's by more than chance"
-    better, worse = [], []
-    for measure in COMPARED:
-        d = measure_difference(records, measure, method, control)
-        if d.n > 1 and (d.low > 0 or d.high < 0):
-            gained = (d.mean < 0) == (measure in LOWER_IS_BETTER)
-            (better if gained else worse).append(MEASURES[measure][1].removesuffix(' ↓'))
-    listed = [', '.join(found) if found else 'nothing' for found in (better, worse)]
-    return f'{method_label(method)} against {method_label(control)}: better in {listed[0]}; worse in {listed[1]}.'
+    "Which measures are better or worse than the control's by their 95 % intervals, and which show no difference"
+    start = f'{method_label(method)} against {method_label(control)}'
+    found = {measure: measure_difference(records, measure, method, control) for measure in COMPARED}
+    if max(d.n for d in found.values()) < 2:
+        return f'{start}: fewer than two common seeds, so that nothing can be said of chance.'
+    sides = {'better in': [], 'worse in': [], 'no difference shown in': []}
+    for measure, d in found.items():
+        if d.n > 1:
+            sides[_side(d, measure)].append(MEASURES[measure][1].removesuffix(' ↓'))
+    listed = [f"{words} {', '.join(names) or 'nothing'}" for words, names in sides.items()]
+    return f"{start}: {'; '.join(listed)}."
+
+
+def _side(d, measure):
+    "What an interval says of a measure"
+    if d.low <= 0 <= d.high:
+        return 'no difference shown in'
+    return 'better in' if (d.mean < 0) == (measure in LOWER_IS_BETTER) else 'worse in'
 
 # %% ../../nbs/10_experiments/14b_safe_runs.ipynb #0468e767
 def mean_regions(

@@ -23,7 +23,7 @@ from .site import style_sheet
 _FORMS = """from matplotlib_inline.backend_inline import set_matplotlib_formats
 set_matplotlib_formats('retina', 'svg')"""
 
-
+# %% ../../nbs/09_reporting/17c_paper_page.ipynb #0f366800
 def fresh_run(
     path,  # of the notebook
     seconds: int = 600,  # after which a cell is stopped
@@ -116,7 +116,7 @@ _PAPER = """<!DOCTYPE html>
 </main></body></html>
 """
 
-
+# %% ../../nbs/09_reporting/17c_paper_page.ipynb #cccb60dc
 def paper_html(
     page: Page,  # what the notebook is
     body: Body,  # from it
