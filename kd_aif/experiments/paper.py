@@ -150,9 +150,7 @@ def claim_row(
     name: str,  # of the setting
     records: Sequence[Record],  # of the setting
     ours: str = 'kd_aif_both',  # short name
-) -> (
-    list
-):  # of texts: setting, training samples × epochs, gain, strongest rival, ours minus it, number of rivals
+) -> list:  # of texts, as in the heading of Table 2 of the report
     "A setting in one row: the gain over the control, and the strongest rival beside it"
     rival, d, n = strongest_rival(records, ours)
     named = method_label(rival) if rival else '–'

@@ -14,6 +14,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from ..foundation.core import atomic_write
+from ..foundation.reprs import ShortRepr
 from .outline import Outline, Page, read_outline, read_page
 from .page_bodies import Body, notebook_body, page_link
 from .printing import print_pdf, write_figures
@@ -134,8 +135,8 @@ def paper_html(
     return Environment(autoescape=True, trim_blocks=True).from_string(_PAPER).render(fields)
 
 # %% ../../nbs/09_reporting/17c_paper_page.ipynb #c62e6dd7
-@dataclass(frozen=True)
-class PaperFiles:
+@dataclass(frozen=True, repr=False)
+class PaperFiles(ShortRepr):
     "Where the report was written"
 
     page: Path  # HTML
