@@ -35,8 +35,8 @@ from ..reporting.html import html_report
 from ..reporting.image_plots import helpful_images
 from ..reporting.labels import metric
 from ..reporting.methods import runnable_methods
-from ..reporting.paper_page import PaperFiles, write_paper
-from ..reporting.printing import both_forms, print_pdf, write_figures
+from ..reporting.paper_page import write_paper
+from ..reporting.printing import both_forms, write_beside
 from ..reporting.record_files import load_records
 from ..reporting.records import headline_metric, headline_score
 from ..reporting.report import report_sections
@@ -309,10 +309,7 @@ def _write_records_report(folder, out, pdf):
     sections, n = _all_sections(folder)
     page = html_report(out, 'kd_aif: results', sections)
     drawn = [item for _, items in sections for item in items if isinstance(item, (Axes, Figure))]
-    figures = write_figures(page.with_name(f'{page.stem}_figures'), map(both_forms, drawn))
-    page.with_suffix('.pdf').unlink(missing_ok=True)  # that of an earlier page
-    printed = print_pdf(page, page.with_suffix('.pdf')) if pdf else None
-    _say_written(f'{n} records', PaperFiles(page, figures, printed), pdf)
+    _say_written(f'{n} records', write_beside(page, map(both_forms, drawn), pdf), pdf)
 
 # %% ../../nbs/10_experiments/19_cli.ipynb #d13f23a2
 def _check_page(out):

@@ -138,7 +138,13 @@ def record(method, seed, test=8372, tier='lite', **noise):
     data = dict(name='svhn', rows=dict(train=900, test=test), noise=noise)
     fields = dict(experiment='22_demo', tier=tier, teacher='', student='cnn32', config={})
     return make_record(
-        dataset=data, method=method, seed=seed, metrics=dict(test_accuracy=0.5), seconds=dict(a=1.0), device='cpu', **fields
+        dataset=data,
+        method=method,
+        seed=seed,
+        metrics=dict(test_accuracy=0.5),
+        seconds=dict(a=1.0),
+        device='cpu',
+        **fields,
     )
 
 

@@ -28,7 +28,9 @@ X = X / 16
 
 
 def quick_run(method, seed, rate):
-    "A logistic regression on noisy digits, filed under a setting that notebook 29 expects; 'kd_aif_student' weighs samples by what a first fit thinks of their labels."
+    """A logistic regression on noisy digits, filed under a setting that notebook 29 expects.
+
+    'kd_aif_student' weighs samples by what a first fit thinks of their labels."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(X))
     train, test = order[:600], order[600:1200]
