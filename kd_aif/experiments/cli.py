@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['QUICKSTART', 'Runs', 'TrainingRuns', 'SSLRuns', 'record_line', 'kd_aif_run', 'kd_aif_run_ssl', 'quickstart_sections',
-           'kd_aif_quickstart', 'kd_aif_report', 'kd_aif_data']
+           'kd_aif_quickstart', 'ReportOptions', 'kd_aif_report', 'kd_aif_data']
 
 # %% ../../nbs/10_experiments/19_cli.ipynb #19-cli-002
+import argparse
 import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fastcore.script import call_parse, Param
+from fastcore.script import call_parse
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -21,7 +22,7 @@ from ..data.glue import GLUE, load_glue
 from ..data.sources import DATASETS, load_images
 from .full_tier import full_tier_sections, in_full_tier, TITLES
 from .methods import run_task
-from .options import check_folder, command_parser, plain_errors, read_options
+from .options import add_options, check_folder, command_parser, plain_errors, read_options
 from .safe_runs import safe_metrics
 from .ssl_runs import run_ssl_task
 from .storage import Storage
@@ -327,24 +328,36 @@ def _check_page(out):
         )
 
 # %% ../../nbs/10_experiments/19_cli.ipynb #eef0cb7c
-_RECORDS = Param('folder of records; default the report of the project', str, opt=False, nargs='?')
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    "What is written, and where"
+
+    out: str = 'reports/report.html'  # page to write; PDF and figures go beside it
+    site: str | None = None  # folder of a site of all notebooks, made instead; needs a source checkout
+    pdf: bool = True  # print the page too, where there is a browser of the Chromium family
 
 
-@call_parse
+def _report_parser():
+    parser = argparse.ArgumentParser(prog=kd_aif_report.__name__, description=kd_aif_report.__doc__)
+    parser.add_argument('records', nargs='?', help='folder of records; default the report of the project')
+    add_options(parser, ReportOptions)
+    return parser
+
+# %% ../../nbs/10_experiments/19_cli.ipynb #c0462190
 def kd_aif_report(
-    records: _RECORDS = None,  # folder of records; default the report of the project
-    out: str = 'reports/report.html',  # page to write; PDF and figures go beside it
-    site: str = None,  # folder of a site of all notebooks, made instead; needs a source checkout
-    pdf: bool = True,  # print the page too, where there is a browser of the Chromium family
-):
+    argv: list | None = None,  # texts, as on the command line; None: those of the process
+    **settings,  # the same options by name: `records`, and fields of `ReportOptions`
+) -> None:
     "Write the report of the project, or of a folder of records, as one page, PDF and figures; trains nothing"
     with plain_errors():
-        if site:
-            return _write_site(site)
-        _check_page(out)
+        options, rest = read_options(_report_parser(), ReportOptions, argv, settings)
+        records = rest['records']
+        if options.site:
+            return _write_site(options.site)
+        _check_page(options.out)
         if records is None and _PAPER.exists():
-            return _write_project_report(out, pdf)
-        _write_records_report(records or 'reports/results', out, pdf)
+            return _write_project_report(options.out, options.pdf)
+        _write_records_report(records or 'reports/results', options.out, options.pdf)
 
 # %% ../../nbs/10_experiments/19_cli.ipynb #19-cli-042
 def _both_splits(name, folder, hub):
