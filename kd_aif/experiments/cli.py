@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 from fastcore.script import call_parse
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from ..data.glue import GLUE, load_glue
 from ..data.sources import DATASETS, load_images
@@ -37,7 +35,7 @@ from ..reporting.image_plots import helpful_images
 from ..reporting.labels import metric
 from ..reporting.methods import runnable_methods
 from ..reporting.paper_page import write_paper
-from ..reporting.printing import both_forms, write_beside
+from ..reporting.printing import draw_sections, write_beside
 from ..reporting.record_files import load_records
 from ..reporting.records import headline_metric, headline_score
 from ..reporting.report import report_sections
@@ -288,10 +286,9 @@ def _all_sections(folder):
     if left := len(everything) - len(others + full):
         print(f'{left} records without a score are left out: benchmarks, or runs of another kind')
     if not others + full:
-        raise ValueError(
-            f"records: there is none in {Path(folder).resolve()}; "
-            f"make some with kd_aif_run, or give another folder"
-        )
+        found = 'none of those in {} has a score' if everything else '{} holds no EXPERIMENT/TIER.jsonl'
+        place = found.format(Path(folder).resolve())
+        raise ValueError(f'records: {place}; make some with kd_aif_run, or give another folder')
     sections = report_sections(others)
     if any(r.experiment in TITLES for r in everything):
         sections += full_tier_sections(full, Path(folder).parent / 'published')
@@ -301,6 +298,9 @@ def _all_sections(folder):
 def _records_of(folder):
     "Records of all experiments in a folder, or of the one whose folder it is"
     folder = Path(folder).resolve()
+    if not folder.is_dir():
+        found = 'is a file' if folder.exists() else 'does not exist'
+        raise ValueError(f'records: {folder} {found}; give a folder into which kd_aif_run has written')
     one = any(folder.glob('*.jsonl'))
     return load_records(folder.parent, folder.name) if one else load_records(folder)
 
@@ -308,9 +308,9 @@ def _records_of(folder):
 def _write_records_report(folder, out, pdf):
     "A page of a folder of records"
     sections, n = _all_sections(folder)
+    sections, pictures = draw_sections(sections, out)
     page = html_report(out, 'kd_aif: results', sections)
-    drawn = [item for _, items in sections for item in items if isinstance(item, (Axes, Figure))]
-    _say_written(f'{n} records', write_beside(page, map(both_forms, drawn), pdf), pdf)
+    _say_written(f'{n} records', write_beside(page, [(p.png, p.svg) for p in pictures], pdf), pdf)
 
 # %% ../../nbs/10_experiments/19_cli.ipynb #d13f23a2
 def _check_page(out):

@@ -16,10 +16,9 @@ from matplotlib.figure import Figure
 from ..data.glue import GLUE
 from .expected_runs import noise_of
 from ..reporting.dot_plots import beside_dots, method_row, stacked_dots
-from ..reporting.figures import new_figure
 from ..reporting.methods import method_label
 from ..reporting.paired import paired_difference, PairedDifference
-from ..reporting.weight_plots import weight_histogram
+from ..reporting.weight_plots import histogram_panels
 
 # %% ../../nbs/10_experiments/17h_text_tables.ipynb #7f2c9859
 def text_scores(
@@ -144,16 +143,11 @@ def text_weights_figure(
     shown = {task: run for task in tasks if (run := _first_run(records, task, method))}
     if not shown:
         return None
-    columns, rows = min(len(shown), 2), -(-len(shown) // 2)
-    figure = new_figure(4.1 * columns + 1, 3.1 * rows, 'Weights of right and of wrong labels by task')
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax, (task, run) in zip(axes, shown.items()):
-        weight_histogram(run.metrics['weight_histogram'], ax=ax)
-        title = f"{GLUE[task].title}, seed {run.seed}: AUC {run.metrics['weight_auc']:.2f}"
-        ax.set_title(title, fontsize=10)
-    for ax in axes[len(shown) :]:
-        ax.set_visible(False)
-    return figure
+    titles = {}
+    for task, run in shown.items():
+        titles[f"{GLUE[task].title}, seed {run.seed}: AUC {run.metrics['weight_auc']:.2f}"] = run
+    label = 'Histograms of the weights of right and of wrong labels, in percent of the group: '
+    return histogram_panels(titles, label + '; '.join(titles))
 
 # %% ../../nbs/10_experiments/17h_text_tables.ipynb #c47e6177
 def _first_run(records, task, method):

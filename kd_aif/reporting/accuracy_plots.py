@@ -6,6 +6,8 @@
 __all__ = ['accuracy_bars', 'difference_bars', 'accuracy_figure']
 
 # %% ../../nbs/09_reporting/12_accuracy_plots.ipynb #8e7d860e
+from dataclasses import replace
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -14,7 +16,7 @@ from .figures import new_figure, panel
 from .labels import percent
 from .methods import method_label
 from .paired import paired_difference
-from .summary import summary_table
+from .summary import summary_table, SummaryTable
 
 # %% ../../nbs/09_reporting/12_accuracy_plots.ipynb #d7948e11
 def _draw_rows(ax, rows, missing, zero=None):
@@ -26,6 +28,18 @@ def _draw_rows(ax, rows, missing, zero=None):
         ax.text(0.02, i, text, color='.35', **look)
 
 # %% ../../nbs/09_reporting/12_accuracy_plots.ipynb #efce43c2
+def _draw_accuracies(ax, table):
+    "A row of dots for each row of a table"
+    rows, shown, drawn = table.rows, table.shown, []
+    for r in rows:
+        mean = paired_difference(r['values'], dict.fromkeys(r['values'], 0.0), table.level)
+        drawn.append(method_row(r['method'], mean, r['values'].values(), r['label']))
+    _draw_rows(ax, drawn, {i: '–' if r['runs'] else 'not run' for i, r in enumerate(rows) if not r['values']})
+    unit = f' ({shown.unit})' if shown.scale == 100 else ''
+    ax.set_xlabel(f'{shown.label}{unit}: each run, mean and {percent(table.level)} interval', fontsize=9)
+    return ax
+
+# %% ../../nbs/09_reporting/12_accuracy_plots.ipynb #e088acef
 def accuracy_bars(
     records,  # list of `Record` of one setting (see `group_records`)
     metric: str = None,  # a metric that is a fraction in 0..1; default the headline metric
@@ -36,18 +50,27 @@ def accuracy_bars(
     """One row per method: runs as dots, the mean and its interval.
 
     Raises ValueError if settings are mixed."""
-    table = summary_table(records, controls=(), metric=metric, expected=expected)
-    rows, shown, drawn = table.rows, table.shown, []
-    ax = panel(ax, (7, HEAD + ROW * len(rows)))
-    for r in rows:
-        mean = paired_difference(r['values'], dict.fromkeys(r['values'], 0.0), level)
-        drawn.append(method_row(r['method'], mean, r['values'].values(), r['label']))
-    _draw_rows(ax, drawn, {i: '–' if r['runs'] else 'not run' for i, r in enumerate(rows) if not r['values']})
-    unit = f' ({shown.unit})' if shown.scale == 100 else ''
-    ax.set_xlabel(f'{shown.label}{unit}: each run, mean and {percent(level)} interval', fontsize=9)
-    return ax
+    table = summary_table(records, controls=(), metric=metric, expected=expected, level=level)
+    return _draw_accuracies(panel(ax, (7, HEAD + ROW * len(table.rows))), table)
 
 # %% ../../nbs/09_reporting/12_accuracy_plots.ipynb #91c849d1
+def _compared(table, control):
+    "The rows of a table that are compared with a control"
+    return [r for r in table.rows if r['method'] != control]
+
+
+def _draw_differences(ax, table, control):
+    "A row of paired differences for each row of a table but the control's"
+    rows = _compared(table, control)
+    found, drawn = [r['differences'][control] for r in rows], []
+    for r, d in zip(rows, found):
+        drawn.append(method_row(r['method'], d['paired'], d['by_seed'].values(), r['label']))
+    _draw_rows(ax, drawn, {i: d['text'] for i, d in enumerate(found) if not d['paired'].n}, zero=0.0)
+    words = f'{table.shown.label} minus that of {method_label(control)} (points)'
+    ax.set_xlabel(f'{words}, {percent(table.level)} interval', fontsize=9)
+    return ax
+
+# %% ../../nbs/09_reporting/12_accuracy_plots.ipynb #aabd2e7b
 def difference_bars(
     records,  # list of `Record` of one setting
     control: str = 'kd_val',  # short name of the method that is subtracted
@@ -60,15 +83,7 @@ def difference_bars(
 
     Raises ValueError if settings are mixed."""
     table = summary_table(records, controls=(control,), metric=metric, expected=expected, level=level)
-    rows, drawn = [r for r in table.rows if r['method'] != control], []
-    ax = panel(ax, (7, HEAD + ROW * len(rows)))
-    found = [r['differences'][control] for r in rows]
-    for r, d in zip(rows, found):
-        drawn.append(method_row(r['method'], d['paired'], d['by_seed'].values(), r['label']))
-    _draw_rows(ax, drawn, {i: d['text'] for i, d in enumerate(found) if not d['paired'].n}, zero=0.0)
-    words = f'{table.shown.label} minus that of {method_label(control)} (points), {percent(level)} interval'
-    ax.set_xlabel(words, fontsize=9)
-    return ax
+    return _draw_differences(panel(ax, (7, HEAD + ROW * len(_compared(table, control)))), table, control)
 
 # %% ../../nbs/09_reporting/12_accuracy_plots.ipynb #ebf47e76
 def accuracy_figure(
@@ -76,22 +91,32 @@ def accuracy_figure(
     controls=('kd_val', 'kd'),  # the differences are to the first of these that was run
     metric: str = None,  # a metric that is a fraction in 0..1; default the headline metric
     expected=(),  # short names of methods that should have been run; they have no row without a run
+    table: SummaryTable = None,  # of these records, with differences to `controls`; default it is made
 ) -> Figure:  # not registered with pyplot
     "`accuracy_bars` above `difference_bars` in one figure. Raises ValueError if settings are mixed."
-    expected = expected if not records else ()
-    methods = [
-        r['method'] for r in summary_table(records, controls=(), metric=metric, expected=expected).rows
-    ]
     run = {r.method for r in records}
     control = next((c for c in controls if c in run), None)
-    others = sum(m != control for m in methods)
+    names = (control,) if control else ()
+    table = table or summary_table(records, names, metric, expected)
+    if records:
+        table = replace(table, rows=[r for r in table.rows if r['runs']])
+    others = _compared(table, control) if control else []
     control = control if others else None  # a control alone has nothing that is compared with it
-    n = [len(methods)] + ([others] if control else [])
-    heights = [HEAD + ROW * k for k in n]
-    figure = new_figure(8, sum(heights) + 0.8, 'Accuracy of each method, with its runs and 95 % interval')
+    heights = [HEAD + ROW * len(rows) for rows in (table.rows, others) if rows]
+    figure = new_figure(8, sum(heights) + 0.8, _figure_label(table, control))
     axes = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
-    accuracy_bars(records, metric, expected, ax=axes[0])
+    _draw_accuracies(axes[0], table)
     if control:
-        difference_bars(records, control, metric, expected, ax=axes[1])
-    role_legend(figure, methods)
+        _draw_differences(axes[1], table, control)
+    role_legend(figure, [r['method'] for r in table.rows])
     return figure
+
+# %% ../../nbs/09_reporting/12_accuracy_plots.ipynb #e4ace4ba
+def _figure_label(table, control):
+    "What the figure shows, in words"
+    known = sorted((r for r in table.rows if r['values']), key=lambda r: r['mean'])
+    text = f'Dot plot of {table.shown.label} by method: each run, mean and {percent(table.level)} interval'
+    if known:
+        ends = [f"{r['label']} ({r['mean']:.2f})" for r in (known[-1], known[0])]
+        text += f'. Largest mean: {ends[0]}; smallest: {ends[1]}'
+    return f'{text}. Below: differences to {method_label(control)}' if control else text

@@ -14,7 +14,7 @@ from scipy import stats
 
 from .methods import method_label, METHODS
 from .paired import paired_difference
-from .summary import summary_table
+from .summary import summary_table, SummaryTable
 
 # %% ../../nbs/09_reporting/10e_conclusions.ipynb #bfad4d92
 CONTROLS = 'kd_val', 'kd', 'supervised', 'ce'  # the strictest first
@@ -92,16 +92,20 @@ class Conclusion:
 # %% ../../nbs/09_reporting/10e_conclusions.ipynb #a3fcdc97
 def conclude(
     records,  # list of `Record` of one setting
+    table: SummaryTable = None,  # of these records, with differences to their strictest control; default it is made
 ) -> Conclusion:  # displays as a paragraph
     """Compare every method of a setting with the strictest control that was run.
 
-    Raises ValueError without records, or for records of more than one setting."""
+    Raises ValueError without records, for records of more than one setting, or for a table without the control."""
     control = strictest_control(records)
-    table = summary_table(records, controls=(control,) if control else ())
+    table = table or summary_table(records, controls=(control,) if control else ())
+    if control and control not in table.controls:
+        found = ', '.join(table.controls) or 'no control'
+        raise ValueError(f'table has differences to {found}: make it with controls=({control!r},)')
     unit = 'points' if table.shown.scale == 100 else f'units of {table.shown.label}'
     if control is None:
         return Conclusion(table.title, None, unit, ())
-    rows = [r for r in table.rows if r['method'] != control and not _knows_labels(r['method'])]
+    rows = [r for r in table.rows if r['runs'] and r['method'] != control and not _knows_labels(r['method'])]
     found = [_finding(r['label'], r['differences'][control]['by_seed'], len(rows)) for r in rows]
     label = next(r['label'] for r in table.rows if r['method'] == control)
     return Conclusion(table.title, label, unit, tuple(found))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCREEN', 'PAGE', 'SMALLEST', 'RIGHT', 'WRONG', 'GREY', 'panel', 'new_figure', 'sample_values', 'small_texts',
-           'save_figure']
+           'show_figure', 'save_figure']
 
 # %% ../../nbs/09_reporting/11_figures.ipynb #80808efc
 from pathlib import Path
@@ -92,6 +92,17 @@ def small_texts(
     shown = [text for text in drawn if text.get_visible() and text.get_text().strip()]
     sizes = {text.get_text(): round(scale * _points(text), 1) for text in shown}
     return {text: size for text, size in sizes.items() if size < SMALLEST}
+
+# %% ../../nbs/09_reporting/11_figures.ipynb #ee8e85ab
+def show_figure(
+    figure: Figure,  # with a label that says what it shows
+) -> None:  # the figure is displayed
+    "Display a figure with its label as the text for readers who do not see it. Raises ValueError without a label."
+    if not figure.get_label():
+        raise ValueError('figure has no label: say what it shows, new_figure(width, height, label)')
+    from IPython.display import display  # there in every notebook
+
+    display(figure, metadata={'image/png': {'alt': figure.get_label()}})
 
 # %% ../../nbs/09_reporting/11_figures.ipynb #c5ade577
 def save_figure(

@@ -252,6 +252,8 @@ def _draw_formulas(soup, parse):
             pieces += [html.escape(node[end : match.start()]), next(drawn)]
             end = match.end()
         node.replace_with(parse(''.join(pieces) + html.escape(node[end:])))
+    for formula in soup.select('math[display=block]'):
+        formula.wrap(soup.new_tag('span', attrs={'class': 'formula', 'tabindex': '0'}))
 
 # %% ../../nbs/09_reporting/16c_page_bodies.ipynb #c556520c
 def _finish(soup, page: Page, link: Callable, parse: Callable):

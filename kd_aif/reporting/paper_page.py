@@ -98,7 +98,7 @@ main { max-width: 60rem; margin: 0 auto } .rendered_html p, .rendered_html li { 
   :root { --fg: #000; --bg: #fff; --line: #bbb; --soft: #f3f4f6; --link: #0b57a4; color-scheme: light }
   body { font-size: 10pt; line-height: 1.4 } main { max-width: none; padding: 0 } .contents { display: none }
   h2, h3 { break-after: avoid } .output_png, tr { break-inside: avoid } img { max-height: 120mm }
-  .table { overflow: visible; break-inside: avoid } table { font-size: 8pt } th, td { padding: .15rem .35rem }
+  .table { break-inside: avoid } table { font-size: 8pt } th, td { padding: .15rem .35rem }
   .output :is(td, th) { white-space: normal; position: static; min-width: 0 }
   .output :is(td, th):first-child { position: static; min-width: 0 } a { text-decoration: none }
 }

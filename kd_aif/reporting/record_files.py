@@ -115,6 +115,17 @@ def save_record(
 REMEDY = 'delete this line and run that configuration again, or restore the file from version control'
 
 # %% ../../nbs/09_reporting/06_record_files.ipynb #15c7d938
+class _Misplaced(ValueError):
+    "A sound line in a file of another name"
+
+    def __init__(self, record, path):
+        right, here = record.path(''), Path(*path.parts[-2:])
+        super().__init__(f'holds a run of {right}, not of {here}: its content does not fit its file')
+        self.remedy = (
+            f'if the folder or the file was renamed, name it {right} again; else move the line there'
+        )
+
+# %% ../../nbs/09_reporting/06_record_files.ipynb #c7e6d6b2
 def _parse(line, path):
     "The record in one line of the file `path`. Raises ValueError for one that is broken, edited or misplaced."
     try:
@@ -128,7 +139,7 @@ def _parse(line, path):
             f'holds a run with key {record.key} and says {key}: its content does not fit its key'
         )
     if record.path('').parts != path.parts[-2:]:
-        raise ValueError(f"holds a run of {record.path('')}: its content does not fit its file")
+        raise _Misplaced(record, path)
     return record
 
 # %% ../../nbs/09_reporting/06_record_files.ipynb #f4b1ad57
@@ -148,7 +159,8 @@ def read_records(
     if faults:
         number, first = next(iter(faults.items()))
         others = f"; so it is with lines {', '.join(map(str, [*faults][1:]))}" if len(faults) > 1 else ''
-        raise ValueError(f'{path}, line {number}, {first}{others}: {REMEDY}') from first
+        remedy = getattr(first, 'remedy', REMEDY)
+        raise ValueError(f'{path}, line {number}, {first}{others}: {remedy}') from first
     return [*found.values()]
 
 # %% ../../nbs/09_reporting/06_record_files.ipynb #77c94574

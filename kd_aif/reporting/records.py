@@ -22,7 +22,7 @@ import torch
 from fastcore.basics import patch
 
 from ..foundation.reprs import ShortRepr
-from .labels import metric, noise_label, p_value_text
+from .labels import dataset_label, metric, noise_label, p_value_text
 from .methods import method_label
 from .origins import run_origin
 
@@ -167,7 +167,7 @@ class Setting:
     @property
     def title(self) -> str:  # one line
         "The setting in words, for headings."
-        parts = [self.note or self.dataset, noise_label(self.noise, self.rate)]
+        parts = [self.note or dataset_label(self.dataset), noise_label(self.noise, self.rate)]
         if self.imbalance != 1:
             parts.append(f'imbalance ratio {self.imbalance:g}')
         return f"{self.experiment} · {', '.join(parts)} · tier {self.tier}"

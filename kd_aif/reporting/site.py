@@ -14,6 +14,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from ..foundation.core import atomic_write
+from .html import BOXES
 from .outline import Outline, Page, read_outline
 from .page_bodies import Body, page_body, page_link
 
@@ -75,7 +76,7 @@ h2 { margin-top: 2.4rem; border-bottom: 1px solid var(--line); padding-bottom: .
 p, li, dd { overflow-wrap: break-word }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px }
 math { font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math", "DejaVu Math TeX Gyre", math }
-math[display=block] { overflow-x: auto; overflow-y: hidden; padding: .3rem 0 }
+math[display=block] { padding: .3rem 0 }
 """
 _CODE = """
 code { font: .88em/1.5 var(--mono); background: var(--soft); padding: .1em .25em; border-radius: 3px;
@@ -92,7 +93,7 @@ pre code { padding: 0; background: none; font: inherit }
 
 # %% ../../nbs/09_reporting/17_site.ipynb #eb826b58
 _TABLES = """
-.table { overflow-x: auto; margin: .8rem 0 }
+.table { margin: .8rem 0 }
 table { border: 0; border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; border: 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 th { background: var(--soft); vertical-align: bottom }
@@ -115,7 +116,7 @@ def style_sheet() -> str:  # CSS
         return '\n'.join(rule for rule in rules if rule.startswith('.highlight .'))
 
     dark = f"@media (prefers-color-scheme: dark) {{\n{colours('github-dark')}\n}}\n"
-    return ''.join([_COLOURS, _BAR, _COLUMNS, _PROSE, _CODE, _TABLES, colours('default'), dark, _NARROW])
+    return ''.join([_COLOURS, _BAR, _COLUMNS, _PROSE, _CODE, _TABLES, BOXES, colours('default'), dark, _NARROW])
 
 # %% ../../nbs/09_reporting/17_site.ipynb #bf04e372
 _PAGE = """<!DOCTYPE html>

@@ -622,6 +622,24 @@ def test_quickstart(console):
     assert code == 2 and broken.name in err and not Path('all.html').exists()
 
 
+def test_report_of_a_folder_that_was_renamed(console):
+    "The records say which name the folder had"
+    folder = Path(__file__).parents[2] / 'reports' / 'results' / 'quickstart'
+    shutil.copytree(folder, 'other')
+    code, out, err = console('kd_aif_report', 'other', '--out', 'page.html')
+    right, here = Path('quickstart', 'smoke.jsonl'), Path('other', 'smoke.jsonl')
+    assert code == 2 and f'holds a run of {right}, not of {here}' in err and f'name it {right} again' in err
+    assert 'delete' not in err and not Path('page.html').exists()
+    shutil.move('other', 'quickstart')
+    assert console('kd_aif_report', 'quickstart', '--out', 'page.html', '--no-pdf')[0] == 0
+
+
+def test_report_of_a_file(console):
+    Path('runs.jsonl').write_text('{}')
+    code, out, err = console('kd_aif_report', 'runs.jsonl', '--out', 'page.html')
+    assert code == 2 and 'is a file; give a folder' in err
+
+
 @pytest.mark.parametrize('args', [('--seeds', 0), ('--epochs', 0)])
 def test_quickstart_refuses(args, console):
     code, out, err = console('kd_aif_quickstart', '--out', 'first', *args)
@@ -633,6 +651,7 @@ def test_report_without_records(made, console):
     if made:
         Path('none').mkdir()
     code, out, err = console('kd_aif_report', 'none', '--out', 'page.html')
+    assert ('does not exist' in err) != made and ('holds no EXPERIMENT/TIER.jsonl' in err) == made
     assert (
         code == 2
         and 'kd_aif_run' in err

@@ -394,7 +394,7 @@ def test_report_with_records(reports):
     saved(reports / 'reports' / 'results', all_runs(NOISY))
     text, _ = execute('10_experiments/29_all_runs.ipynb', reports)
     assert 'Full tier: CIFAR-100' in text and NOT_RUN.findall(text)[:2] == ['21', '18']
-    assert '20_cifar100 · cifar100, symmetric label noise, 40 % · tier full' not in text
+    assert '20_cifar100 · CIFAR-100, symmetric label noise, 40 % · tier full' not in text
 
 
 PAGES = {

@@ -1,6 +1,9 @@
 "Reports: real records of quick runs through notebook 29 and into one HTML file, and faults of what is drawn."
 
+import base64
+import io
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 import matplotlib
@@ -9,16 +12,20 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt, nbformat, numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from nbclient import NotebookClient
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 import kd_aif.experiments.methods  # noqa: F401  registers the methods
 from kd_aif.reporting.accuracy_plots import accuracy_bars, accuracy_figure, difference_bars
-from kd_aif.reporting.html import html_report
+from kd_aif.reporting.conclusions import conclude
+from kd_aif.reporting.html import html_report, LIMIT
 from kd_aif.reporting.image_plots import image_grid
-from kd_aif.reporting.record_files import save_record
-from kd_aif.reporting.records import Setting, make_record
-from kd_aif.reporting.report import report_sections
+from kd_aif.reporting.printing import draw_sections
+from kd_aif.reporting.record_files import load_records, save_record
+from kd_aif.reporting.records import headline_score, Setting, make_record
+from kd_aif.reporting.report import report_sections, setting_items
+from kd_aif.reporting.summary import summary_table
 from kd_aif.reporting.weight_plots import detector_roc, weight_diagnostics, weight_histogram, weights_figure
 
 
@@ -92,7 +99,7 @@ def test_notebook_without_any_record(tmp_path):
     assert figures == 0 and 'No record was found' in text
     assert 'KD on train + validation | not run | 0 | not run | not run' in text
     assert (
-        'cifar10_noise · cifar10, symmetric label noise, 40 % · tier lite' in text
+        'cifar10_noise · CIFAR-10, symmetric label noise, 40 % · tier lite' in text
         and 'quickstart · digits, symmetric label noise, 30 % · tier smoke' in text
     )
 
@@ -112,7 +119,7 @@ def test_notebook_with_real_records(tmp_path, records):
             f'| KD | {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} | 2 | (control) | not run |' in text
         )
     assert (
-        '| cifar10_noise · cifar10, labels as given · tier lite | 4 | KD on train + validation; KD-AIF, teacher and student |'
+        '| cifar10_noise · CIFAR-10, labels as given · tier lite | 4 | KD on train + validation; KD-AIF, teacher and student |'
         in text
     )
 
@@ -194,7 +201,7 @@ def test_html_report_takes_what_a_user_has(tmp_path):
         ],
     ).read_text()
     assert (
-        text.count('<figure>') == 2
+        text.count('<figure ') == 2
         and '&lt;i&gt;' in text
         and '<td>x|y</td>' in text
         and '<p id="raw">' in text
@@ -223,6 +230,51 @@ def test_long_pages_list_their_sections(tmp_path):
     text = html_report(tmp_path / 'r.html', 'T', sections).read_text()
     assert '<li><a href="#s3">S3 &amp; more</a></li>' in text
     assert '<nav>' not in html_report(tmp_path / 'r.html', 'T', sections[:3]).read_text()
+
+
+def test_a_page_has_a_bound_and_says_which_figures_it_leaves_out(tmp_path, records):
+    sections, pictures = draw_sections(report_sections(records), tmp_path / 'r.html')
+    whole = html_report(tmp_path / 'r.html', 'T', sections).stat().st_size
+    by_size = sorted(pictures, key=lambda p: len(p.png))
+    limit = whole - len(by_size[-1].png)  # the picture is longer in the page, so one has to go
+    text = html_report(tmp_path / 'r.html', 'T', sections, limit).read_text(encoding='utf-8')
+    assert len(text.encode()) <= limit and text.count('<img') == len(pictures) - 1 > 2
+    assert by_size[-1].file in text and not any(p.file in text for p in by_size[:-1])
+    shown = [base64.b64decode(url.partition('base64,')[2]) for url in Page(text).urls if url.startswith('data:')]
+    assert set(shown) == {p.png for p in by_size[:-1]}
+    for p in pictures:
+        assert Image.open(io.BytesIO(p.png)).mode == 'P', 'a palette'
+
+
+def test_text_beyond_the_bound_is_refused_and_the_old_page_stays(tmp_path, records):
+    old = html_report(tmp_path / 'r.html', 'T', [('S', 'old')]).read_text()
+    with pytest.raises(ValueError, match='text and tables alone.*fewer runs'):
+        html_report(tmp_path / 'r.html', 'T', report_sections(records), limit=5000)
+    assert (tmp_path / 'r.html').read_text() == old and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif('KD_AIF_SLOW' not in os.environ, reason='minutes long: KD_AIF_SLOW=1')
+def test_all_committed_records_fit_into_a_page(tmp_path):
+    results = load_records(NOTEBOOK.parents[2] / 'reports' / 'results')
+    scored = [r for r in results if headline_score(r) is not None]
+    sections, pictures = draw_sections(report_sections(scored), tmp_path / 'r.html')
+    text = html_report(tmp_path / 'r.html', 'T', sections).read_text(encoding='utf-8')
+    assert len(text.encode()) < LIMIT == 6_000_000 and text.count('<img') == len(pictures) > 50
+
+
+def test_a_setting_is_summarised_once(records, monkeypatch):
+    "Conclusion, table and figure share one table of accuracies"
+    made = []
+
+    def counted(*args, **kwargs):
+        made.append(args)
+        return summary_table(*args, **kwargs)
+
+    for module in ('report', 'conclusions', 'accuracy_plots'):
+        monkeypatch.setattr(f'kd_aif.reporting.{module}.summary_table', counted)
+    noisy = [r for r in records if r.dataset['noise'].get('rate')]
+    items = setting_items(noisy)
+    assert len(made) == 1 and items[0] == conclude(noisy)
 
 
 def test_html_report_failure_leaves_the_old_file(tmp_path):
