@@ -98,8 +98,10 @@ def suspicious_texts(
     self: Run,
     data: TextData,  # what the run was trained on, such as `train.data` of `TextBatches`
     k: int = 10,  # how many
-) -> pd.DataFrame:  # the most suspicious first: texts, given label, probability; the index is the stable one
-    """The texts whose labels are least likely to be good.
+) -> (
+    pd.DataFrame
+):  # the most suspicious first: texts, given label, score, probability where scores were calibrated
+    """The texts whose labels are least likely to be good; rows are named by their stable index.
     Raises `ValueError` for a run without scores, and where `data` lacks one of the texts"""
     found, places = self.suspicious(k), {i: p for p, i in enumerate(data.index.tolist())}
     if missing := [i for i in found.tolist() if i not in places]:
@@ -107,11 +109,11 @@ def suspicious_texts(
             f"data has no text with index {missing[0]}; give the texts that the run was trained on"
         )
     table = pd.DataFrame([_text_row(data, places[i]) for i in found.tolist()], found.tolist())
-    name, values = 'probability', getattr(self.calibration, 'probability', None)
-    if values is None:
-        name, values = 'score', mean_scores(self.scores)
     order = (found[:, None] == self.index).int().argmax(1)
-    return table.assign(**{name: values[order].tolist()})
+    table = table.assign(score=mean_scores(self.scores)[order].tolist())
+    if self.calibration is None:
+        return table
+    return table.assign(probability=self.calibration.probability[order].tolist())
 
 # %% ../../nbs/06_distillation/09_result.ipynb #f81b81b3
 def _number(name, value):

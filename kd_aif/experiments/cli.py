@@ -38,7 +38,7 @@ from ..reporting.paper_page import write_paper
 from ..reporting.printing import draw_sections, write_beside
 from ..reporting.record_files import load_records
 from ..reporting.records import headline_metric, headline_score
-from ..reporting.report import report_sections
+from ..reporting.report import about_section, report_sections
 from ..reporting.site import write_site
 from ..reporting.summary import summary_table
 from ..reporting.weight_plots import strength_suffix
@@ -308,7 +308,8 @@ def _records_of(folder):
 def _write_records_report(folder, out, pdf):
     "A page of a folder of records"
     sections, n = _all_sections(folder)
-    sections, pictures = draw_sections(sections, out)
+    about = about_section(n, Path(folder).resolve().name)
+    sections, pictures = draw_sections([about, *sections], out)
     page = html_report(out, 'kd_aif: results', sections)
     _say_written(f'{n} records', write_beside(page, [(p.png, p.svg) for p in pictures], pdf), pdf)
 

@@ -158,4 +158,5 @@ def sentences(self: Conclusion) -> list:  # of str
 # %% ../../nbs/09_reporting/10e_conclusions.ipynb #49a30a50
 @patch
 def _repr_markdown_(self: Conclusion):
-    return '\n'.join([f'**{self.title}**', '', *(f'- {s}' for s in self.sentences)])
+    head = [f'**{self.title}**', ''] if self.title else []
+    return '\n'.join([*head, *(f'- {s}' for s in self.sentences)])

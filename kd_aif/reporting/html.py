@@ -20,24 +20,6 @@ from ..foundation.core import atomic_write
 from .pictures import draw_picture, Picture
 
 # %% ../../nbs/09_reporting/15_html.ipynb #13-plots-039
-BOXES = """
-.table, .formula, figure, .output_png { overflow-x: auto; background: linear-gradient(to right, var(--bg) 40%, transparent) left / 3rem 100%,
-  linear-gradient(to left, var(--bg) 40%, transparent) right / 3rem 100%,
-  linear-gradient(to right, #8889, transparent) left / .8rem 100%,
-  linear-gradient(to left, #8889, transparent) right / .8rem 100%;
-  background-repeat: no-repeat; background-attachment: local, local, scroll, scroll }
-.formula { display: block; overflow-y: hidden }
-@supports (animation-timeline: scroll()) {
-  :is(.table, .formula, figure, .output_png)::before { content: "wider than the screen: scrolls sideways →"; display: block; width: max-content;
-    position: sticky; left: 0; font-size: 0; opacity: .75; animation: wide linear both;
-    animation-timeline: scroll(nearest inline) }
-  @keyframes wide { from, to { font-size: .75rem } } }
-@media (max-width: 600px) { .table table { font-size: .78rem } .table :is(th, td) { padding: .25rem .4rem }
-  .table :is(th, td):first-child { min-width: 6.5rem; max-width: 9rem } .formula { font-size: .9em }
-  :is(figure, .output_png) img { max-width: none } }
-@media print { .table, .formula, figure, .output_png { overflow: visible; background: none }
-  :is(.table, .formula, figure, .output_png)::before { content: none } }
-"""
 _CSS = """
 :root { color-scheme: light dark; --fg: #1c1c1c; --bg: #fff; --line: #d4d4d4; --soft: #f4f5f7; --link: #0b57a4 }
 @media (prefers-color-scheme: dark) {
@@ -62,6 +44,27 @@ figure img { max-width: 100%; height: auto; background: #fff; border-radius: 6px
   :is(th, td):first-child { position: static; min-width: 0 } }
 """
 
+# %% ../../nbs/09_reporting/15_html.ipynb #42f1f9e7
+BOXES = """
+.table, .formula, figure, .output_png { overflow-x: auto;
+  background: linear-gradient(to right, var(--bg) 40%, transparent) left / 3rem 100%,
+  linear-gradient(to left, var(--bg) 40%, transparent) right / 3rem 100%,
+  linear-gradient(to right, #8889, transparent) left / .8rem 100%,
+  linear-gradient(to left, #8889, transparent) right / .8rem 100%;
+  background-repeat: no-repeat; background-attachment: local, local, scroll, scroll }
+.formula { display: block; overflow-y: hidden }
+@supports (animation-timeline: scroll()) {
+  :is(.table, .formula, figure, .output_png)::before { content: "wider than the screen: scrolls sideways →";
+    display: block; width: max-content; position: sticky; left: 0; font-size: 0; opacity: .75;
+    animation: wide linear both; animation-timeline: scroll(nearest inline) }
+  @keyframes wide { from, to { font-size: .75rem } } }
+@media (max-width: 600px) { .table table { font-size: .78rem } .table :is(th, td) { padding: .25rem .4rem }
+  .table :is(th, td):first-child { min-width: 6.5rem; max-width: 9rem } .formula { font-size: .9em }
+  :is(figure, .output_png) img { max-width: none } }
+@media print { .table, .formula, figure, .output_png { overflow: visible; background: none }
+  :is(.table, .formula, figure, .output_png)::before { content: none } }
+"""
+
 # %% ../../nbs/09_reporting/15_html.ipynb #13-plots-040
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _PAGE = """<!DOCTYPE html>
@@ -79,7 +82,8 @@ _PAGE = """<!DOCTYPE html>
 {% endfor -%}
 </body></html>
 """
-_FIGURE = '<figure tabindex="0"><img alt="{{ picture.alt }}" width="{{ picture.width }}" src="{{ picture.source }}"></figure>'
+_FIGURE = """<figure tabindex="0">
+<img alt="{{ picture.alt }}" width="{{ picture.width }}" src="{{ picture.source }}"></figure>"""
 _TABLE = '<div class="table" tabindex="0">{{ table }}</div>'
 
 # %% ../../nbs/09_reporting/15_html.ipynb #ea65372b

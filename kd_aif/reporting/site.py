@@ -105,7 +105,7 @@ th { background: var(--soft); vertical-align: bottom }
 .output .dataframe:has(tbody th) :is(td, th):first-child { min-width: 3rem }
 """
 
-
+# %% ../../nbs/09_reporting/17_site.ipynb #dec59f2c
 @cache
 def style_sheet() -> str:  # CSS
     "The style of all pages, colours of code included"
@@ -116,7 +116,8 @@ def style_sheet() -> str:  # CSS
         return '\n'.join(rule for rule in rules if rule.startswith('.highlight .'))
 
     dark = f"@media (prefers-color-scheme: dark) {{\n{colours('github-dark')}\n}}\n"
-    return ''.join([_COLOURS, _BAR, _COLUMNS, _PROSE, _CODE, _TABLES, BOXES, colours('default'), dark, _NARROW])
+    parts = _COLOURS, _BAR, _COLUMNS, _PROSE, _CODE, _TABLES, BOXES, colours('default'), dark, _NARROW
+    return ''.join(parts)
 
 # %% ../../nbs/09_reporting/17_site.ipynb #bf04e372
 _PAGE = """<!DOCTYPE html>

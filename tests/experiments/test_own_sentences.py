@@ -49,7 +49,8 @@ def test_the_ten_most_suspicious_sentences_are_wrong(files, one_thread):
     run = distill(student, teacher, train, val, mechanism='student', training=training)
     table = run.suspicious_texts(train.data, 10)
 
-    assert list(table) == ['text', 'label', 'probability'] and len(table) == 10
+    assert list(table) == ['text', 'label', 'score', 'probability'] and len(table) == 10
+    assert table.equals(table.sort_values(['probability', 'score'])), 'the least credible first'
     assert sum(i in wrong for i in table.index) >= 8
     for i, row in table.iterrows():
         place = train.data.index.tolist().index(i)
