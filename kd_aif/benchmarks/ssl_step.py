@@ -19,6 +19,7 @@ from ..experiments.ssl_tasks import ssl_task_data
 from ..experiments.tasks import PRECISIONS
 from ..few_labels.settings import SSLTraining
 from ..few_labels.trainer import train_ssl
+from ..reporting.labels import dataset_label
 from ..reporting.methods import method_label, runnable_method, runnable_methods
 from ..reporting.record_files import find_record, save_record
 from ..reporting.records import make_record
@@ -136,7 +137,7 @@ def ssl_cost_line(
     m, config, data = record.metrics, record.config, record.dataset
     first, second = map(method_label, config['methods'])
     images = f"{config['batch_size']} + {config['batch_size'] * config['mu']} images"
-    where = f"{data['note'] or data['name']}, {record.student}, {images}, {config['device']}"
+    where = f"{data['note'] or dataset_label(data['name'])}, {record.student}, {images}, {config['device']}"
     costs = (
         f"{first} {1000 * m['first_seconds_per_step']:.1f} ms a step, "
         f"{second} {1000 * m['second_seconds_per_step']:.1f} ms"

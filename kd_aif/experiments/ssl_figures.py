@@ -14,6 +14,7 @@ import kd_aif.experiments.methods  # noqa: F401  registers the methods
 from ..reporting.dot_plots import beside_dots, method_row, stacked_dots
 from ..reporting.figures import GREY, new_figure
 from ..reporting.forms import method_forms, metric_by_seed
+from ..reporting.labels import dataset_label
 from ..reporting.methods import method_label, METHODS
 from ..reporting.paired import paired_difference
 from ..reporting.palette import method_style
@@ -28,7 +29,7 @@ def ssl_title(
         found = {r.dataset['rows'][key] for r in records}
         return ' or '.join(f'{n:,}' for n in sorted(found))
 
-    names = ' and '.join(sorted({r.dataset['note'] or r.dataset['name'] for r in records}))
+    names = ' and '.join(sorted({r.dataset['note'] or dataset_label(r.dataset['name']) for r in records}))
     tiers = ' and '.join(sorted({r.tier for r in records}))
     return f"{names} · {numbers('labelled')} labels, {numbers('unlabelled')} images · tier {tiers}"
 
