@@ -98,9 +98,7 @@ def suspicious_texts(
     self: Run,
     data: TextData,  # what the run was trained on, such as `train.data` of `TextBatches`
     k: int = 10,  # how many
-) -> (
-    pd.DataFrame
-):  # the most suspicious first: texts, given label, score, probability where scores were calibrated
+) -> pd.DataFrame:  # the most suspicious first: texts, given label, score, and probability if calibrated
     """The texts whose labels are least likely to be good; rows are named by their stable index.
     Raises `ValueError` for a run without scores, and where `data` lacks one of the texts"""
     found, places = self.suspicious(k), {i: p for p, i in enumerate(data.index.tolist())}
