@@ -119,8 +119,8 @@ def test_notebook_with_real_records(tmp_path, records):
             f'| KD | {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} | 2 | (control) | not run |' in text
         )
     assert (
-        '| cifar10_noise · CIFAR-10, labels as given · tier lite | 4 | KD on train + validation; KD-AIF, teacher and student |'
-        in text
+        '| cifar10_noise · CIFAR-10, labels as given · tier lite | 4 '
+        '| KD on train + validation; KD-AIF, teacher and student |' in text
     )
 
 
