@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -191,10 +192,25 @@ def _read_table(name, split, folder, files, progress, scratch):
 
 # %% ../../nbs/02_data/02_sources.ipynb #02-data-031
 def _decode(row):
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     with Image.open(BytesIO(row['bytes']) if row.get('bytes') else row['path']) as image:
-        return np.asarray(image.convert('RGB'))
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(_eight_bits(image).convert('RGB'))
+
+# %% ../../nbs/02_data/02_sources.ipynb #0707905c
+def _eight_bits(image):
+    "The same picture with levels 0 to 255; ValueError where the level of white is not known"
+    if image.mode not in ('I', 'F') and not image.mode.startswith('I;16'):
+        return image
+    if image.mode == 'F' or (image.mode == 'I' and image.format != 'PNG'):
+        raise ValueError(
+            f"its mode is {image.mode!r}, whose level of white is not known; save it with 8 or 16 bits"
+        )
+    from PIL import Image
+
+    levels = np.asarray(image).astype(np.int64)
+    return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
 
 # %% ../../nbs/02_data/02_sources.ipynb #4c221396
 def _images_in_order(rows, title, pool):
@@ -226,9 +242,28 @@ def _decode_all(rows, title, progress, threads=None):
     return torch.from_numpy(x)
 
 # %% ../../nbs/02_data/02_sources.ipynb #70b34541
+_MOST_CLASSES = 100_000  # of labels without names
+
+
 def _class_names(table, column, source, labels):
     names = getattr(table.features[column], 'names', None) or source.classes
+    if not names and labels.max() >= _MOST_CLASSES:
+        raise ValueError(
+            f"{source.title}: column {column!r} has the label {int(labels.max())} and no names of classes; "
+            f"number the classes from 0, {_MOST_CLASSES:,} of them at most"
+        )
     return list(names or map(str, range(int(labels.max()) + 1)))
+
+# %% ../../nbs/02_data/02_sources.ipynb #664d7865
+def _whole_labels(values, column, title):
+    "(n,) int64; ValueError with the row of the first label that is no whole number"
+    for i, v in enumerate(values):
+        if isinstance(v, bool) or not isinstance(v, Integral) and (not isinstance(v, float) or v != v // 1):
+            raise ValueError(
+                f"{title}: label {v!r} of row {i} in column {column!r} is no whole number; "
+                "number the classes from 0"
+            )
+    return torch.tensor([int(v) for v in values], dtype=torch.int64)
 
 # %% ../../nbs/02_data/02_sources.ipynb #02-data-033
 def _load_table(name, split, folder, files, progress):
@@ -241,14 +276,17 @@ def _load_table(name, split, folder, files, progress):
                 f"{folder / name if files else source.hub}: {split} has no rows; get the files again"
             )
         columns = [c for c in source.labels if c in table.column_names]
-        tensors = {c: torch.tensor(table[c][:], dtype=torch.int64) for c in columns}
+        tensors = {c: _whole_labels(table[c][:], c, source.title) for c in columns}
         tensors['x'] = _decode_all(table[source.image][:], f'{source.title} {split}', progress)
     return tensors, {c: _class_names(table, c, source, tensors[c]) for c in columns}
 
 # %% ../../nbs/02_data/02_sources.ipynb #02-data-035
+_DECODING = 2  # another number: images are decoded in another way
+
+
 def _cache_file(name, split, files):
     made_from = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = content_hash(json.dumps(made_from or DATASETS[name].hub))
+    key = content_hash(json.dumps([_DECODING, made_from or DATASETS[name].hub]))
     return cache_dir() / f'{name}-{split}-{key}.safetensors'
 
 # %% ../../nbs/02_data/02_sources.ipynb #02-data-036

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Stopped', 'Checkpoint', 'as_checkpoint', 'tensor_hash', 'network_hash', 'held_values', 'describe', 'first_difference',
-           'has_state', 'write_checkpoint', 'read_checkpoint']
+           'has_state', 'write_checkpoint', 'keep_checkpoint', 'read_checkpoint']
 
 # %% ../../nbs/06_distillation/03b_checkpoint.ipynb #10cadb18
 import dataclasses
@@ -13,8 +13,10 @@ import inspect
 import os
 import secrets
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import torch
 from torch import nn, Tensor
 
 from ..data.images import content_hash
-from ..foundation.core import check_positive
+from ..foundation.core import check_positive, WriteError
 from ..foundation.reprs import ShortRepr
 from ..foundation.state_files import load_state, save_state
 
@@ -228,7 +230,37 @@ def write_checkpoint(
     state: dict,  # its state, see `save_state`
 ) -> None:
     "Write a state, whole or not at all"
-    save_state(dict(format=_FORMAT, description=description, state=state), checkpoint.path)
+    about = dict(format=_FORMAT, description=description, computed=_computed_with())
+    save_state(about | dict(state=state), checkpoint.path)
+
+
+def _computed_with():
+    "What decides the last bit beside the settings"
+    return {'version of PyTorch': torch.__version__, 'number of threads': torch.get_num_threads()}
+
+# %% ../../nbs/06_distillation/03b_checkpoint.ipynb #ebaff47e
+def keep_checkpoint(
+    checkpoint: Checkpoint,  # where
+    description: dict,  # of the training, see `describe`
+    state: dict,  # its state, see `save_state`
+    needed: bool = False,  # the training is left when it is written
+) -> bool:  # whether it was written
+    "Write a state, or warn that it cannot be written; raises `WriteError` where it is needed"
+    path = Path(checkpoint.path).expanduser()
+    try:
+        write_checkpoint(checkpoint, description, state)
+        return True
+    except WriteError as e:
+        try:
+            written = datetime.fromtimestamp(path.stat().st_mtime).isoformat(' ', 'seconds')
+            kept = f'the state of {written} is still there'
+        except OSError:
+            kept = 'there is no earlier state'
+        said = WriteError(path, e.reason, kept)
+        if needed:
+            raise said from e
+        warnings.warn(f'checkpoint: {said}, and the training goes on', stacklevel=2)
+        return False
 
 # %% ../../nbs/06_distillation/03b_checkpoint.ipynb #62eb0091
 def _check_writable(path):
@@ -239,9 +271,7 @@ def _check_writable(path):
         trial.touch()
         trial.unlink()
     except OSError as e:
-        raise ValueError(
-            f"checkpoint={str(path)!r} cannot be written ({e.strerror}); give another path"
-        ) from e
+        raise ValueError(f"checkpoint: {WriteError(path, e)}") from e
 
 # %% ../../nbs/06_distillation/03b_checkpoint.ipynb #ffd3f6c0
 def read_checkpoint(
@@ -263,4 +293,16 @@ def read_checkpoint(
             f"checkpoint={str(path)!r} is of a training with {place}={theirs!r}, not {ours!r}; "
             f"give the same settings, data and untrained networks as at first, or another path"
         )
+    _say_other_computer(path, saved.get('computed', {}))
     return saved['state']
+
+# %% ../../nbs/06_distillation/03b_checkpoint.ipynb #b9e1ba4d
+def _say_other_computer(path, computed):
+    "Warn where a state was computed with another version or number of threads"
+    for name, ours in _computed_with().items():
+        if computed.get(name, ours) != ours:
+            warnings.warn(
+                f"checkpoint={str(path)!r} was written with {name} {computed[name]}, now it is {ours}; "
+                f"the training goes on, but may end with other last digits",
+                stacklevel=3,
+            )

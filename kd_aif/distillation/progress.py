@@ -18,10 +18,10 @@ from kd_aif.distillation.checkpoint import (
     Checkpoint,
     describe,
     has_state,
+    keep_checkpoint,
     read_checkpoint,
     Stopped,
     tensor_hash,
-    write_checkpoint,
 )
 
 # %% ../../nbs/06_distillation/09b_progress.ipynb #68224cd3
@@ -254,12 +254,13 @@ def write(
     self: Progress,
     state: Callable,  # state() -> dict
     finished: bool = False,  # the whole run, not only some epochs of a training
+    needed: bool = False,  # the training is left when it is written
 ) -> None:
-    "Write a state now; without a checkpoint nothing"
+    "Write a state now; without a checkpoint nothing. Raises `WriteError` where it is needed, else warns"
     if self.checkpoint is None:
         return
     about = dict(stage=self.stage - (not finished), decisions=list(self.decisions))
-    write_checkpoint(self.checkpoint, self.description, about | state())
+    keep_checkpoint(self.checkpoint, self.description, about | state(), needed)
     self.written = perf_counter()
 
 # %% ../../nbs/06_distillation/09b_progress.ipynb #f72f81db
@@ -274,6 +275,6 @@ def after_epoch(
         return
     stop = self.checkpoint.stop is not None and self.checkpoint.stop(seconds)
     if stop or perf_counter() - self.written >= self.checkpoint.seconds:
-        self.write(state)
+        self.write(state, needed=bool(stop))
     if stop:
         raise Stopped(f"training stopped; its state is in {self.checkpoint.path}, call again to go on")

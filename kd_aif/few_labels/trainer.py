@@ -19,7 +19,7 @@ from tqdm import tqdm
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #d5f1d4b1
 from ..data.images import content_hash, ImageData
 from ..data.loaders import ImageBatches
-from ..distillation.checkpoint import describe, read_checkpoint, Stopped, write_checkpoint
+from ..distillation.checkpoint import describe, keep_checkpoint, read_checkpoint, Stopped
 from ..distillation.checks import count_classes
 from ..distillation.evaluation import evaluate
 from ..distillation.objective import autocast_forward
@@ -241,7 +241,8 @@ def save(
     self: SSLLoop,
     done: int,  # number of steps that are done
 ) -> None:  # nothing
-    "Write a checkpoint if it is time, whole or not at all; raises `Stopped` where its `stop` says so"
+    """Write a checkpoint if it is time, whole or not at all; raises `Stopped` where its `stop` says so.
+    Warns where it cannot be written."""
     checkpoint, now = self.training.checkpoint, perf_counter()
     if checkpoint is None:
         return
@@ -251,7 +252,7 @@ def save(
     if stop or now - self.written >= checkpoint.seconds:
         parts = {k: p.state_dict() for k, p in _parts(self).items()}
         progress = dict(step=done, history=self.history, seconds=self.watch.seconds)
-        write_checkpoint(checkpoint, describe(self.config), dict(parts=parts, **progress))
+        keep_checkpoint(checkpoint, describe(self.config), dict(parts=parts, **progress), needed=stop)
         self.written = now
     if stop:
         raise Stopped(f"training stopped; its state is in {checkpoint.path}, call again to go on")

@@ -9,11 +9,12 @@ __all__ = ['LOCK_SECONDS', 'STALE_SECONDS', 'REMEDY', 'file_lock', 'save_record'
 import dataclasses
 import json
 import os
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..foundation.core import atomic_write
+from ..foundation.core import atomic_write, WriteError
 from .methods import method_order
 from .records import Record
 
@@ -86,7 +87,7 @@ def _key_in(line):
     "The key that a line of JSON states; None if it states none."
     try:
         content = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return content.get('key') if isinstance(content, dict) else None
 
@@ -95,6 +96,26 @@ def _lines(path):
     "The lines of a file, as bytes."
     return path.read_bytes().removesuffix(b'\n').split(b'\n')
 
+# %% ../../nbs/09_reporting/06_record_files.ipynb #c1f8f3a2
+def _add_line(record, path):
+    "Write the file with the record in it"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(path):
+        lines = _lines(path) if path.exists() else []
+        place = next((i for i, line in enumerate(lines) if _key_in(line) == record.key), len(lines))
+        lines[place : place + 1] = [_line(record)]
+        return atomic_write(path, b'\n'.join(lines) + b'\n')
+
+# %% ../../nbs/09_reporting/06_record_files.ipynb #ee5c9767
+def _kept_aside(record, path):
+    "Write the record into the folder of temporary files; in words, where it is"
+    try:
+        name = f'kd_aif-{record.experiment}-{record.tier}-{record.key}.jsonl'
+        aside = atomic_write(Path(tempfile.gettempdir()) / name, _line(record) + b'\n')
+    except OSError:
+        return 'the record of this run could not be kept elsewhere either'
+    return f'the record of this run is in {aside}: append its line to {path} when there is room'
+
 # %% ../../nbs/09_reporting/06_record_files.ipynb #7ec64541
 def save_record(
     record: Record,  # what to write
@@ -102,14 +123,15 @@ def save_record(
 ) -> Path:  # the file
     """Add `record` to `record.path(folder)`, at once or not at all; an older record of the same run is replaced.
 
-    Raises TimeoutError when another process keeps the file locked."""
+    Raises WriteError, or TimeoutError when another process keeps the file locked; both say where the record is then."""
     path = record.path(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(path):
-        lines = _lines(path) if path.exists() else []
-        place = next((i for i, line in enumerate(lines) if _key_in(line) == record.key), len(lines))
-        lines[place : place + 1] = [_line(record)]
-        return atomic_write(path, b'\n'.join(lines) + b'\n')
+    try:
+        return _add_line(record, path)
+    except OSError as e:
+        kept = _kept_aside(record, path)
+        if isinstance(e, TimeoutError):
+            raise TimeoutError(f'{e}; {kept}') from None
+        raise WriteError(path, getattr(e, 'reason', e), kept) from e
 
 # %% ../../nbs/09_reporting/06_record_files.ipynb #1b4f3030
 REMEDY = 'delete this line and run that configuration again, or restore the file from version control'
@@ -132,7 +154,7 @@ def _parse(line, path):
         fields = json.loads(line)
         key = fields.pop('key', None)
         record = Record(**fields)
-    except (ValueError, TypeError, AttributeError) as e:
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f'is not a readable record ({e})') from e
     if record.key != key:
         raise ValueError(
@@ -142,13 +164,23 @@ def _parse(line, path):
         raise _Misplaced(record, path)
     return record
 
+# %% ../../nbs/09_reporting/06_record_files.ipynb #f0247bc4
+def _read_lines(path):
+    "The lines of a file. Raises ValueError for one that cannot be read."
+    try:
+        return _lines(path)
+    except OSError as e:
+        raise ValueError(
+            f'{path} cannot be read ({e.strerror}): get the right to read it, or give another folder of records'
+        ) from e
+
 # %% ../../nbs/09_reporting/06_record_files.ipynb #f4b1ad57
 def read_records(
     path,  # file written by `save_record`
 ) -> list:  # of `Record`, in the order of the lines
     "The records in one file. Raises ValueError that names the file and its bad lines."
     path, found, faults = Path(path), {}, {}
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(_read_lines(path), 1):
         try:
             record = _parse(line, path)
             if record.key in found:

@@ -153,8 +153,8 @@ def test_a_broken_file_is_refused_and_left_alone(tmp_path):
 
 def test_states_are_written_when_the_last_one_is_old_enough(tmp_path, monkeypatch):
     written = []
-    write = 'kd_aif.distillation.progress.write_checkpoint'
-    monkeypatch.setattr(write, lambda checkpoint, description, state: written.append(state['stage']))
+    write = 'kd_aif.distillation.progress.keep_checkpoint'
+    monkeypatch.setattr(write, lambda checkpoint, description, state, needed: written.append(state['stage']))
     run(tmp_path / 'a.safetensors', checkpoint=dict(seconds=1e6))
     assert written == [1]  # the result alone
     run(tmp_path / 'b.safetensors', checkpoint=dict(seconds=0))
