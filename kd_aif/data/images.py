@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 
 from ..foundation.core import check_whole, generator
+from ..foundation.reprs import markdown_text
 from ..foundation.splits import stratified_choice
 
 # %% ../../nbs/02_data/01_images.ipynb #02-data-006
@@ -131,9 +132,9 @@ def __repr__(self: ImageData):
 def _repr_markdown_(self: ImageData):
     counts = torch.bincount(self.y.cpu(), minlength=self.n_classes).tolist()
     if self.n_classes > 20:
-        return f"{self!r}\n\n{min(counts):,} to {max(counts):,} images per class"
-    rows = [map(str, self.classes), ['---:'] * self.n_classes, (f'{k:,}' for k in counts)]
-    return '\n'.join([f"{self!r}\n", *('| ' + ' | '.join(r) + ' |' for r in rows)])
+        return f"{markdown_text(self)}\n\n{min(counts):,} to {max(counts):,} images per class"
+    rows = [map(markdown_text, self.classes), ['---:'] * self.n_classes, (f'{k:,}' for k in counts)]
+    return '\n'.join([f"{markdown_text(self)}\n", *('| ' + ' | '.join(r) + ' |' for r in rows)])
 
 # %% ../../nbs/02_data/01_images.ipynb #02-data-048
 def hold_out(

@@ -9,6 +9,7 @@ __all__ = ['DATASETS', 'DataSource', 'data_source', 'load_images']
 import json
 import os
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .images import content_hash, ImageData
-from ..foundation.core import atomic_path, bar_options, cache_dir, generator
+from ..foundation.core import atomic_path, bar_options, cache_dir, generator, WriteError
 from ..foundation.reprs import ShortRepr
 from ..foundation.splits import stratified_choice
 
@@ -302,13 +303,16 @@ def _read_cache(path):
 
 # %% ../../nbs/02_data/02_sources.ipynb #a9429cef
 def _cached(path, make):
-    "What the cache file holds; if there is none, what `make` returns, which is then written"
+    "What the cache file holds; if there is none, what `make` returns, which is then written where that is possible"
     if found := _read_cache(path):
         return found
     tensors, classes = make()
     content = content_hash(*(tensors[k] for k in sorted(tensors)))
-    with atomic_path(path) as t:
-        save_file(tensors, t, dict(classes=json.dumps(classes), content=content))
+    try:
+        with atomic_path(path) as t:
+            save_file(tensors, t, dict(classes=json.dumps(classes), content=content))
+    except WriteError as e:
+        warnings.warn(f'{e} by KD_AIF_CACHE; until then this is computed anew each time', stacklevel=2)
     return tensors, classes, content
 
 # %% ../../nbs/02_data/02_sources.ipynb #02-data-037

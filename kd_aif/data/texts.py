@@ -12,6 +12,7 @@ import torch
 from fastcore.basics import patch
 
 from .images import content_hash
+from ..foundation.reprs import markdown_text
 
 # %% ../../nbs/02_data/09_texts.ipynb #62969c27
 @dataclass(frozen=True, eq=False, repr=False)
@@ -161,12 +162,12 @@ def __repr__(self: TextData):
 @patch
 def _repr_markdown_(self: TextData):
     if not len(self):
-        return f"{self!r}"
+        return f"{markdown_text(self)}"
     if self.is_regression:
         least, mean, most = self.y.min(), self.y.mean(), self.y.max()
-        return f"{self!r}\n\nlabels from {least:.3g} to {most:.3g}, mean {mean:.3g}"
+        return f"{markdown_text(self)}\n\nlabels from {least:.3g} to {most:.3g}, mean {mean:.3g}"
     counts = torch.bincount(self.y.cpu(), minlength=self.n_classes).tolist()
     if self.n_classes > 20:
-        return f"{self!r}\n\n{min(counts):,} to {max(counts):,} texts per class"
-    rows = [map(str, self.classes), ['---:'] * self.n_classes, (f'{k:,}' for k in counts)]
-    return '\n'.join([f"{self!r}\n", *('| ' + ' | '.join(r) + ' |' for r in rows)])
+        return f"{markdown_text(self)}\n\n{min(counts):,} to {max(counts):,} texts per class"
+    rows = [map(markdown_text, self.classes), ['---:'] * self.n_classes, (f'{k:,}' for k in counts)]
+    return '\n'.join([f"{markdown_text(self)}\n", *('| ' + ' | '.join(r) + ' |' for r in rows)])

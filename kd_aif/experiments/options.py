@@ -8,6 +8,7 @@ __all__ = ['option_kind', 'field_comments', 'add_options', 'command_parser', 're
 # %% ../../nbs/10_experiments/18_options.ipynb #18-options-002
 import argparse
 import dataclasses
+import os
 import sys
 import types
 import warnings
@@ -115,24 +116,43 @@ def _print_anything():
             stream.reconfigure(errors='replace')
 
 
+def _plain_warning(message, category, filename, lineno, line=None):
+    "A warning of this package in one line, others as ever"
+    if category is UserWarning:
+        return f'warning: {message}\n'
+    return f'{filename}:{lineno}: {category.__name__}: {message}\n'
+
+# %% ../../nbs/10_experiments/18_options.ipynb #5bc91a24
 @contextmanager
 def plain_errors():  # a context manager
-    "Print the message of an input error and leave with code 2"
+    "Print the message of an input error and leave with code 2; warnings are one line"
     # PyTorch's own, from its first forward-mode product
     warnings.filterwarnings('ignore', message='.*torch.jit.script.*')
     _print_anything()
+    usual, warnings.formatwarning = warnings.formatwarning, _plain_warning
     try:
         yield
     except (ValueError, TypeError, OSError) as e:
         print(f'error: {e}', file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        warnings.formatwarning = usual
 
 # %% ../../nbs/10_experiments/18_options.ipynb #18-options-025
 def check_folder(
     out,  # where something is going to be written; it need not exist
     name: str = 'out',  # of the argument, for the message
 ) -> None:
-    "Raise `ValueError` where the nearest existing part of the path is a file"
-    existing = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists())
+    "Raise `ValueError` where the nearest existing part of the path is a file, or cannot be written into"
+    out = Path(out).expanduser()
+    try:
+        existing = next(p for p in (out, *out.absolute().parents) if p.exists())
+        writable = os.access(existing, os.W_OK | os.X_OK)
+    except OSError as e:
+        raise ValueError(f"{name} is {str(out)!r}, which cannot be used ({e.strerror}); give a folder") from e
     if not existing.is_dir():
         raise ValueError(f"{name} is {str(out)!r}, but {existing} is a file; give a folder")
+    if not writable:
+        raise ValueError(
+            f"{name} is {str(out)!r}, but there is no right to write into {existing}; get it, or give another folder"
+        )

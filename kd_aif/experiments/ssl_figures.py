@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 import kd_aif.experiments.methods  # noqa: F401  registers the methods
 from ..reporting.dot_plots import beside_dots, method_row, stacked_dots
-from ..reporting.figures import GREY, new_figure
+from ..reporting.figures import figure_text, GREY, new_figure
 from ..reporting.forms import method_forms, metric_by_seed
 from ..reporting.labels import dataset_label
 from ..reporting.methods import method_label, METHODS
@@ -35,7 +35,7 @@ def ssl_title(
 
 # %% ../../nbs/10_experiments/16_ssl_figures.ipynb #16-ssl-figures-009
 def _titled(figure, records):
-    figure.suptitle(ssl_title(records), fontsize=9)
+    figure.suptitle(figure_text(ssl_title(records)), fontsize=9)
     return figure
 
 # %% ../../nbs/10_experiments/16_ssl_figures.ipynb #16-ssl-figures-012
@@ -100,7 +100,7 @@ def gain_figure(
     words = f'test accuracy minus that of {method_label("supervised")}, points: runs, mean, 95 % interval'
     look = dict(label='Gain of each method over the labels alone', methods=[m for _, m, _ in others])
     figure = stacked_dots({'': rows}, words, **look)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(figure_text(title), fontsize=9)
     return figure
 
 # %% ../../nbs/10_experiments/16_ssl_figures.ipynb #16-ssl-figures-016
@@ -130,7 +130,7 @@ def _has_curves(record):
 def _draw_curves(ax, forms, key, title):
     "The mean curve of each form"
     for label, m, rs in forms:
-        words = label if is_highlighted(m) else f'_{label}'
+        words = figure_text(label) if is_highlighted(m) else f'_{label}'
         ax.plot(*_mean_curve(rs, key), label=words, **line_style(m))
     ax.set_title(title, fontsize=9.5)
     ax.grid(alpha=0.25)
@@ -191,7 +191,7 @@ def _draw_reliability(ax, label, method, records, name):
     style = line_style(method)
     if name == 'uncalibrated':
         style |= dict(ls=(0, (2, 1.5)), lw=1.4)
-    words = label + _auc_suffix(records, name)
+    words = figure_text(label) + _auc_suffix(records, name)
     words = words if is_highlighted(method) else f'_{words}'
     ax.plot(*_reliability(records, name), label=words, **style)
 

@@ -7,6 +7,8 @@ __all__ = ['TRAINING_CODE', 'TRAINING_VERSION', 'code_fingerprint', 'Storage', '
 
 # %% ../../nbs/10_experiments/02b_storage.ipynb #0fc632f8
 import hashlib
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +72,20 @@ def teacher_folder(self: Storage) -> Path:
     "Folder of the trained teachers"
     return Path(self.teachers or cache_dir() / 'teachers').expanduser()
 
+# %% ../../nbs/10_experiments/02b_storage.ipynb #7ccffe1f
+def _can_be_written(folder):
+    "Whether files can be made in a folder; warns where not"
+    path = Path(folder).expanduser()
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        return True
+    warnings.warn(
+        f'no state of unfinished runs is kept, because {path} cannot be written; name another folder by checkpoints '
+        f'or KD_AIF_CACHE',
+        stacklevel=3,
+    )
+    return False
+
 # %% ../../nbs/10_experiments/02b_storage.ipynb #8fb9e2c4
 @patch
 def checkpoint(
@@ -78,8 +94,8 @@ def checkpoint(
     folder: str | Path | None = None,  # where it is kept if the storage does not say
 ) -> Checkpoint | None:  # None: it is not kept
     "The file of an unfinished run"
-    folder = self.checkpoints or folder
-    if folder is None:
+    chosen, folder = self.checkpoints is not None, self.checkpoints or folder
+    if folder is None or not (chosen or _can_be_written(folder)):
         return None
     path = Path(folder).expanduser() / f'{name}.safetensors'
     return Checkpoint(path, self.seconds, self.stop)

@@ -10,6 +10,7 @@ __all__ = ['STUDENT_SETTINGS', 'task_batches', 'text_task_batches', 'test_batche
 import dataclasses
 import hashlib
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from ..distillation.trainer import Training
 from ..distillation.transformer_training import transformer_training
 from .storage import Storage, TRAINING_CODE
 from .tasks import is_text, MethodSettings, PRECISIONS, Task, TextSettings
-from ..foundation.core import atomic_write
+from ..foundation.core import atomic_write, WriteError
 from ..models.build import build_model, load_model, save_model
 from kd_aif.models.text import (
     encoder_layers,
@@ -169,6 +170,30 @@ def teacher_path(
     key = hashlib.sha256(json.dumps([settings, *data, *code]).encode()).hexdigest()[:16]
     return storage.teacher_folder / f"{task.dataset.replace('/', '-')}-{key}.safetensors"
 
+# %% ../../nbs/10_experiments/03_teachers.ipynb #b4a0548c
+def _kept_teacher(model, path):
+    "The teacher and the seconds of its training, read into `model`; None where there is none, or a damaged one"
+    clock = path.with_suffix('.json')
+    if not (path.exists() and clock.exists()):
+        return None
+    try:
+        seconds = float(json.loads(clock.read_text())['seconds'])
+        return load_model(model, path), seconds
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        warnings.warn(f'the kept teacher {path} cannot be used ({e}); it is trained again', stacklevel=2)
+        return None
+
+# %% ../../nbs/10_experiments/03_teachers.ipynb #e5fbff01
+def _keep_teacher(model, path, seconds):
+    "Write the teacher and the seconds of its training, or warn; whether both were written"
+    try:
+        save_model(model, path)
+        atomic_write(path.with_suffix('.json'), json.dumps(dict(seconds=seconds)))
+        return True
+    except WriteError as e:
+        warnings.warn(f'the trained teacher is used, but not kept: {e} by KD_AIF_CACHE', stacklevel=2)
+        return False
+
 # %% ../../nbs/10_experiments/03_teachers.ipynb #03-teachers-019
 def trained_teacher(
     task: Task,  # the task
@@ -180,15 +205,13 @@ def trained_teacher(
 ) -> tuple:  # the trained teacher, and the seconds its training took
     "The task's teacher, trained with cross-entropy now, or earlier by the same code on the same data"
     model, path = new_model(task, 'teacher', train), teacher_path(task, train, val, with_val, storage)
-    clock = path.with_suffix('.json')
-    if path.exists() and clock.exists():
-        return load_model(model, path), json.loads(clock.read_text())['seconds']
+    if found := _kept_teacher(model, path):
+        return found
     name = f'teacher-{path.stem}'
     t, v = task_batches(task, train), task_batches(task, val)
     batches = mix_batches(t, v, task.seed) if with_val else t
     training = replace(task_training(task, progress), checkpoint=storage.checkpoint(f'{name}-0'))
     run = distill(model, None, batches, v, objective=task_objective(task, train), training=training)
-    save_model(model, path)
-    atomic_write(clock, json.dumps(dict(seconds=run.seconds['student'])))
-    storage.remove(name)
+    if _keep_teacher(model, path, run.seconds['student']):
+        storage.remove(name)
     return model, run.seconds['student']

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .dot_plots import draw_dots, HEAD, method_row, role_legend, ROW
-from .figures import new_figure, panel
+from .figures import figure_text, new_figure, panel
 from .labels import percent
 from .methods import method_label
 from .paired import paired_difference
@@ -22,7 +22,7 @@ from .summary import summary_table, SummaryTable
 def _draw_rows(ax, rows, missing, zero=None):
     "Dots of the rows that have any; the texts of `missing` (row number -> text) where nothing is drawn."
     draw_dots(ax, [None if i in missing else r for i, r in enumerate(rows)], zero, absent='')
-    ax.set_yticks(range(len(rows)), [r.label for r in rows], fontsize=9)
+    ax.set_yticks(range(len(rows)), [figure_text(r.label) for r in rows], fontsize=9)
     look = dict(transform=ax.get_yaxis_transform(), va='center', fontsize=8.5, style='italic')
     for i, text in missing.items():
         ax.text(0.02, i, text, color='.35', **look)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from scipy import stats
 
+from ..foundation.reprs import markdown_text
 from .methods import method_label, METHODS
 from .paired import paired_difference
 from .summary import summary_table, SummaryTable
@@ -158,5 +159,5 @@ def sentences(self: Conclusion) -> list:  # of str
 # %% ../../nbs/09_reporting/10e_conclusions.ipynb #49a30a50
 @patch
 def _repr_markdown_(self: Conclusion):
-    head = [f'**{self.title}**', ''] if self.title else []
-    return '\n'.join([*head, *(f'- {s}' for s in self.sentences)])
+    head = [f'**{markdown_text(self.title)}**', ''] if self.title else []
+    return '\n'.join([*head, *(f'- {markdown_text(s)}' for s in self.sentences)])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .figures import GREY, new_figure, panel
+from .figures import figure_text, GREY, new_figure, panel
 from .methods import method_label
 from .paired import PairedDifference
 from .palette import method_style, role_handles
@@ -95,7 +95,7 @@ def draw_dots(
     ax.set(ylim=(len(rows) - 0.5, -0.5))
     if known := [r for r in rows if r is not None]:
         ax.set_xlim(_limits(known, zero))
-    ax.set_yticks(range(len(rows)), [r.label if r else '' for r in rows], fontsize=9)
+    ax.set_yticks(range(len(rows)), [figure_text(r.label) if r else '' for r in rows], fontsize=9)
     ax.tick_params(axis='y', length=0)
     return ax
 
@@ -128,7 +128,7 @@ def stacked_dots(
     figure = new_figure(width, sum(heights) + (0.7 if methods else 0.15), label)
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for ax, (title, rows) in zip(axes, panels.items()):
-        draw_dots(ax, sorted_rows(rows), zero).set_title(title, fontsize=10, loc='left')
+        draw_dots(ax, sorted_rows(rows), zero).set_title(figure_text(title), fontsize=10, loc='left')
     axes[-1].set_xlabel(x_label)
     if methods:
         role_legend(figure, methods)
@@ -158,9 +158,9 @@ def beside_dots(
     axes = figure.subplots(1, len(columns), squeeze=False, sharey=True)[0]
     words = _labels(columns)
     for ax, (title, rows), x_label, zero in zip(axes, columns.items(), x_labels, zeros):
-        draw_dots(ax, [rows.get(n) for n in order], zero, absent).set_title(title, fontsize=10)
+        draw_dots(ax, [rows.get(n) for n in order], zero, absent).set_title(figure_text(title), fontsize=10)
         ax.set_xlabel(x_label, fontsize=9)
-    axes[0].set_yticks(range(len(order)), [words[n] for n in order], fontsize=9)
+    axes[0].set_yticks(range(len(order)), [figure_text(words[n]) for n in order], fontsize=9)
     if legend:
         role_legend(figure, order)
     return figure

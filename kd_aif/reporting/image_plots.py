@@ -11,7 +11,7 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 
-from .figures import new_figure, sample_values
+from .figures import figure_text, new_figure, sample_values
 
 # %% ../../nbs/09_reporting/14_image_plots.ipynb #63525eb5
 def _images(images):
@@ -56,8 +56,8 @@ def image_grid(
 def _caption(data, i, value):
     "Given label, true label if it is another, and score of sample `i`."
     given, true = int(data.y[i]), int(data.clean_y[i])
-    truth = f' (is {data.classes[true]})' if given != true else ''
-    return f'{data.classes[given]}{truth}\n{value:+.3g}'
+    truth = f' (is {figure_text(data.classes[true])})' if given != true else ''
+    return f'{" ".join(figure_text(data.classes[given]).split())}{truth}\n{value:+.3g}'
 
 # %% ../../nbs/09_reporting/14_image_plots.ipynb #a97499d7
 def helpful_images(

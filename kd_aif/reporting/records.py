@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..foundation.reprs import ShortRepr
+from ..foundation.reprs import markdown_text, ShortRepr
 from .labels import dataset_label, metric, noise_label, p_value_text
 from .methods import method_label
 from .origins import run_origin
@@ -219,7 +219,7 @@ def _cell(name, v):
         return '–'
     if metric(name).unit == 'p':
         return p_value_text(v)
-    return f'{v:.4g}' if isinstance(v, float) else str(v).replace('|', '\\|').replace('\n', ' ')
+    return f'{v:.4g}' if isinstance(v, float) else markdown_text(v)
 
 # %% ../../nbs/09_reporting/05_records.ipynb #6ae8e48b
 def markdown_table(
@@ -229,14 +229,20 @@ def markdown_table(
 ) -> str:  # Markdown
     "A table in Markdown."
     rule = ['---', *['---:' if numbers else '---'] * (len(header) - 1)]
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, rule, *rows])
+    return '\n'.join('| ' + ' | '.join(map(_one_cell, row)) + ' |' for row in [header, rule, *rows])
+
+
+def _one_cell(text):
+    "Without line breaks and without a sign that would begin another cell"
+    return re.sub(r'(?<!\\)\|', r'\\|', text).replace('\n', ' ')
 
 # %% ../../nbs/09_reporting/05_records.ipynb #01-records-027
 @patch
 def _repr_markdown_(self: Record):
     "Identity, scalar metrics, time and origin as markdown."
     title, teacher = setting_of(self).title, self.teacher or 'no teacher'
-    head = f"**{method_label(self.method)}**, seed {self.seed} · {title} · {teacher} → {self.student}"
+    run = markdown_text(f'{title} · {teacher} → {self.student}')
+    head = f"**{method_label(self.method)}**, seed {self.seed} · {run}"
     scalars = {k: v for k, v in self.metrics.items() if not isinstance(v, (list, dict))}
     table = markdown_table(
         ['metric', 'value'], [[k, _cell(k, v)] for k, v in scalars.items()] or [['–', '–']]

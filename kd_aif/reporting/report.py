@@ -8,6 +8,7 @@ __all__ = ['PANELS', 'usual_controls', 'setting_items', 'report_sections', 'abou
 # %% ../../nbs/09_reporting/16_report.ipynb #0b6ca6d7
 import dataclasses
 
+from ..foundation.reprs import markdown_text
 from .accuracy_plots import accuracy_figure
 from .conclusions import conclude, strictest_control
 from .records import group_records
@@ -59,7 +60,7 @@ def _weight_items(records):
     if left:
         items.append(
             f'Drawn are the weights of {len(shown)} of {len(shown) + len(left)} methods and forms, KD-AIF first; '
-            f'the table has all. Not drawn: {"; ".join(left)}. `weights_figure` of '
+            f'the table has all. Not drawn: {markdown_text("; ".join(left))}. `weights_figure` of '
             '`kd_aif.reporting.weight_plots` draws those of any records.'
         )
     return items
@@ -81,7 +82,7 @@ def about_section(
 ) -> tuple:  # (heading, items): what `html_report` takes
     "The first section of a page"
     text = (
-        f'{n:,} records in `{name}`, a section for each setting: what its numbers allow to say, the table and the '
+        f'{n:,} records in {markdown_text(name)}, a section for each setting: what its numbers allow to say, the table and the '
         'figure of all methods, what the weights were worth as detectors of wrong labels, and where the time went.'
     )
     return 'About this page', [text]

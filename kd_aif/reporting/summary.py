@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pandas as pd
 from fastcore.basics import patch
 
-from ..foundation.reprs import ShortRepr
+from ..foundation.reprs import markdown_text, ShortRepr
 from .forms import matching_records, method_forms, metric_by_seed, one_setting, variants
 from .labels import Metric, percent
 from .labels import metric as metric_named
@@ -160,8 +160,9 @@ def caption(self: SummaryTable) -> str:  # one paragraph
 # %% ../../nbs/09_reporting/09_summary.ipynb #ebb4aa1d
 @patch
 def _repr_markdown_(self: SummaryTable):
-    escaped = self.text.map(lambda cell: cell.replace('|', '\\|'))
-    return f'{markdown_table(list(escaped), escaped.values.tolist())}\n\n{self.caption}'
+    escaped = self.text.map(markdown_text)
+    table = markdown_table(list(map(markdown_text, escaped)), escaped.values.tolist())
+    return f'{table}\n\n{markdown_text(self.caption)}'
 
 # %% ../../nbs/09_reporting/09_summary.ipynb #1e9669ad
 @patch

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from .figures import GREY, RIGHT, WRONG, new_figure, panel, sample_values
+from .figures import figure_text, GREY, RIGHT, WRONG, new_figure, panel, sample_values
 from .labels import counted, setting_label
 from .methods import method_label, method_order, METHODS, ROLES
 from .palette import method_colours
@@ -105,7 +105,7 @@ def detector_roc(
         raise ValueError('curves is empty: pass at least one label -> (fpr, tpr, auc)')
     ax, names = panel(ax, (4.6, 4)), [*methods] + [''] * (len(curves) - len(methods))
     for i, (label, (fpr, tpr, area)) in enumerate(curves.items()):
-        words = fill(label + ('' if area is None else f', AUC {area:.3f}'), 28)
+        words = fill(figure_text(label) + ('' if area is None else f', AUC {area:.3f}'), 28)
         ax.plot(100 * np.array(fpr), 100 * np.array(tpr), label=words, **_curve_style(i, names[i]))
     ax.plot([0, 100], [0, 100], color=GREY, lw=0.8)
     ax.set(xlabel='false positive rate (%)', ylabel='recall (%)', aspect='equal')
@@ -146,7 +146,7 @@ def histogram_panels(
     figure = new_figure(min(4.1 * columns, 8.5), 3.2 * rows, label)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=same_scale).ravel()
     for ax, (title, record) in zip(axes, runs.items()):
-        weight_histogram(record.metrics['weight_histogram'], ax=ax).set_title(title, fontsize=9)
+        weight_histogram(record.metrics['weight_histogram'], ax=ax).set_title(figure_text(title), fontsize=9)
     for ax in axes[len(runs) + more :]:
         ax.set_visible(False)
     if same_scale:
