@@ -37,10 +37,10 @@ def stratified_choice(
     g: torch.Generator,  # on the CPU, so that every device gets the same choice
 ) -> tuple[Tensor, Tensor]:  # (n,) chosen positions and (N-n,) others, both increasing
     "Choose samples at random, stratified by class"
-    y = class_groups(labels).cpu()
+    # classes that are there, numbered: memory for them alone, whatever their labels are
+    y, counts = class_groups(labels).cpu().unique(return_inverse=True, return_counts=True)[1:]
     order = torch.randperm(len(y), generator=g)
     order = order[y[order].argsort(stable=True)]  # by class, random within it
-    counts = torch.bincount(y)
     rank = torch.arange(len(y)) - (counts.cumsum(0) - counts)[y[order]]
     chosen = rank < apportion(counts, n)[y[order]]
     return order[chosen].sort().values, order[~chosen].sort().values

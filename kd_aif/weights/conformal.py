@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .transforms import _check_scores
+from .transforms import _check_scores, check_class_labels
 
 # %% ../../nbs/05_weights/02_conformal.ipynb #08-weights-017
 def _as_labels(scores, labels, reference, reference_labels):
@@ -22,6 +22,8 @@ def _as_labels(scores, labels, reference, reference_labels):
     for name, l, s in (('labels', labels, scores), ('reference_labels', reference_labels, reference)):
         if l is not None and len(l) != len(s):
             raise ValueError(f"{name} has {len(l)} entries for {len(s)} scores; give one label per score")
+        if l is not None:
+            check_class_labels(name, l)
     pairs = (labels, scores), (reference_labels, reference)
     return [torch.zeros(len(s), dtype=torch.long) if l is None else l.cpu() for l, s in pairs]
 
