@@ -185,7 +185,7 @@ def _batch_hash(batch):
     return tensor_hash(*(part for name, value in batch.items() for part in (name, value)))
 
 # %% ../../nbs/06_distillation/09b_progress.ipynb #a94babab
-_FREE = 'progress', 'checkpoint', 'compile', 'capture'
+_FREE = 'progress', 'checkpoint', 'compile', 'capture', 'watch'
 
 
 def describe_run(

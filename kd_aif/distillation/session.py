@@ -151,6 +151,8 @@ def _train(self: Session, fit: Fit, phase: str, before_epoch: Callable, others: 
     tick = self._training_clock(phase)
 
     def after_epoch(line):
+        if self.training.watch is not None:
+            self.training.watch(dict(line))
         self.progress.after_epoch(lambda: dict(fit=fit.state_dict()) | self._state(others), tick())
 
     fit.run(phase, before_epoch, after_epoch)

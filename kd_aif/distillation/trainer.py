@@ -155,11 +155,14 @@ class Training(ShortRepr):
     seed: int = 0  # interleaving, folds, dropout; loaders and models bring their own seeds
     progress: bool = True  # show bars
     checkpoint: Checkpoint | str | Path | None = None  # file of an unfinished run; None: none is kept
+    watch: Callable | None = None  # watch(line of the history) after every epoch, such as for TensorBoard
 
     def __post_init__(self):
         check_positive('lr', self.lr)
         check_whole('epochs', self.epochs)
         object.__setattr__(self, 'checkpoint', as_checkpoint(self.checkpoint))
+        if self.watch is not None and not callable(self.watch):
+            raise TypeError(f"watch is a {type(self.watch).__name__}; give a function watch(line), or None")
         if self.capture not in (None, True, False):
             raise ValueError(
                 f"capture is {self.capture!r}; use True, False, or None for where it is possible"

@@ -165,9 +165,9 @@ def _read_weights(path):
         raise FileNotFoundError(f"path={str(path)!r} does not exist; write it with save_model(model, path)")
     try:
         return load_file(path)
-    except SafetensorError as e:
+    except (SafetensorError, OSError) as e:
         raise ValueError(
-            f"path={str(path)!r} is not a complete safetensors file ({e}); save the model again"
+            f"path={str(path)!r} is not a readable, complete safetensors file ({e}); save the model again"
         ) from e
 
 # %% ../../nbs/03_models/02_build.ipynb #3c321fb9
