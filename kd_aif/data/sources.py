@@ -243,15 +243,12 @@ def _decode_all(rows, title, progress, threads=None):
     return torch.from_numpy(x)
 
 # %% ../../nbs/02_data/02_sources.ipynb #70b34541
-_MOST_CLASSES = 100_000  # of labels without names
-
-
 def _class_names(table, column, source, labels):
     names = getattr(table.features[column], 'names', None) or source.classes
-    if not names and labels.max() >= _MOST_CLASSES:
+    if not names and labels.max() >= 100_000:
         raise ValueError(
             f"{source.title}: column {column!r} has the label {int(labels.max())} and no names of classes; "
-            f"number the classes from 0, {_MOST_CLASSES:,} of them at most"
+            f"number the classes from 0, 100,000 of them at most"
         )
     return list(names or map(str, range(int(labels.max()) + 1)))
 
@@ -302,17 +299,22 @@ def _read_cache(path):
         return None
 
 # %% ../../nbs/02_data/02_sources.ipynb #a9429cef
+def _write_cache(path, tensors, metadata):
+    "Write a cache file, or warn"
+    try:
+        with atomic_path(path) as t:
+            save_file(tensors, t, metadata)
+    except WriteError as e:
+        warnings.warn(f'{e} by KD_AIF_CACHE; until then this is computed anew each time', stacklevel=2)
+
+# %% ../../nbs/02_data/02_sources.ipynb #e59557b2
 def _cached(path, make):
-    "What the cache file holds; if there is none, what `make` returns, which is then written where that is possible"
+    "What the cache file holds; if there is none, what `make` returns, which is then written if possible"
     if found := _read_cache(path):
         return found
     tensors, classes = make()
     content = content_hash(*(tensors[k] for k in sorted(tensors)))
-    try:
-        with atomic_path(path) as t:
-            save_file(tensors, t, dict(classes=json.dumps(classes), content=content))
-    except WriteError as e:
-        warnings.warn(f'{e} by KD_AIF_CACHE; until then this is computed anew each time', stacklevel=2)
+    _write_cache(path, tensors, dict(classes=json.dumps(classes), content=content))
     return tensors, classes, content
 
 # %% ../../nbs/02_data/02_sources.ipynb #02-data-037

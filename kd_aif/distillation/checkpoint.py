@@ -221,9 +221,6 @@ def has_state(
     )
 
 # %% ../../nbs/06_distillation/03b_checkpoint.ipynb #eb677017
-_FORMAT = 1  # of the files; another number is another layout
-
-
 def write_checkpoint(
     checkpoint: Checkpoint,  # where
     description: dict,  # of the training, see `describe`
@@ -233,12 +230,24 @@ def write_checkpoint(
     about = dict(format=_FORMAT, description=description, computed=_computed_with())
     save_state(about | dict(state=state), checkpoint.path)
 
+# %% ../../nbs/06_distillation/03b_checkpoint.ipynb #e5c2be09
+_FORMAT = 1  # of the files; another number is another layout
+
 
 def _computed_with():
     "What decides the last bit beside the settings"
     return {'version of PyTorch': torch.__version__, 'number of threads': torch.get_num_threads()}
 
 # %% ../../nbs/06_distillation/03b_checkpoint.ipynb #ebaff47e
+def _earlier_state(path):
+    "In words, what is in the file"
+    try:
+        written = datetime.fromtimestamp(path.stat().st_mtime).isoformat(' ', 'seconds')
+    except OSError:
+        return 'there is no earlier state'
+    return f'the state of {written} is still there'
+
+# %% ../../nbs/06_distillation/03b_checkpoint.ipynb #99bd2fa3
 def keep_checkpoint(
     checkpoint: Checkpoint,  # where
     description: dict,  # of the training, see `describe`
@@ -246,17 +255,11 @@ def keep_checkpoint(
     needed: bool = False,  # the training is left when it is written
 ) -> bool:  # whether it was written
     "Write a state, or warn that it cannot be written; raises `WriteError` where it is needed"
-    path = Path(checkpoint.path).expanduser()
     try:
         write_checkpoint(checkpoint, description, state)
         return True
     except WriteError as e:
-        try:
-            written = datetime.fromtimestamp(path.stat().st_mtime).isoformat(' ', 'seconds')
-            kept = f'the state of {written} is still there'
-        except OSError:
-            kept = 'there is no earlier state'
-        said = WriteError(path, e.reason, kept)
+        said = WriteError(e.path, e.reason, _earlier_state(e.path))
         if needed:
             raise said from e
         warnings.warn(f'checkpoint: {said}, and the training goes on', stacklevel=2)

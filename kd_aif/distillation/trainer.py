@@ -139,6 +139,17 @@ def one_cycle(
     )
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #95822e26
+def _check_training(t):
+    "Settings in range; a path becomes a `Checkpoint`"
+    check_positive('lr', t.lr)
+    check_whole('epochs', t.epochs)
+    object.__setattr__(t, 'checkpoint', as_checkpoint(t.checkpoint))
+    if t.capture not in (None, True, False):
+        raise ValueError(f"capture is {t.capture!r}; use True, False, or None for where it is possible")
+    if t.watch is not None and not callable(t.watch):
+        raise TypeError(f"watch is a {type(t.watch).__name__}; give a function watch(line), or None")
+
+# %% ../../nbs/06_distillation/04_trainer.ipynb #9be24016
 @dataclass(frozen=True, eq=False, repr=False)
 class Training(ShortRepr):
     "How networks are trained; raises `ValueError` for settings out of range"
@@ -158,15 +169,7 @@ class Training(ShortRepr):
     watch: Callable | None = None  # watch(line of the history) after every epoch, such as for TensorBoard
 
     def __post_init__(self):
-        check_positive('lr', self.lr)
-        check_whole('epochs', self.epochs)
-        object.__setattr__(self, 'checkpoint', as_checkpoint(self.checkpoint))
-        if self.watch is not None and not callable(self.watch):
-            raise TypeError(f"watch is a {type(self.watch).__name__}; give a function watch(line), or None")
-        if self.capture not in (None, True, False):
-            raise ValueError(
-                f"capture is {self.capture!r}; use True, False, or None for where it is possible"
-            )
+        _check_training(self)
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #f8374c0b
 @dataclass(frozen=True, eq=False, repr=False)

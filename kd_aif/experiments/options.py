@@ -115,7 +115,7 @@ def _print_anything():
         if hasattr(stream, 'reconfigure'):  # streams of notebooks take every character
             stream.reconfigure(errors='replace')
 
-
+# %% ../../nbs/10_experiments/18_options.ipynb #062728c0
 def _plain_warning(message, category, filename, lineno, line=None):
     "A warning of this package in one line, others as ever"
     if category is UserWarning:

@@ -79,11 +79,8 @@ def _can_be_written(folder):
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return True
-    warnings.warn(
-        f'no state of unfinished runs is kept, because {path} cannot be written; name another folder by checkpoints '
-        f'or KD_AIF_CACHE',
-        stacklevel=3,
-    )
+    remedy = 'name another folder by checkpoints or KD_AIF_CACHE'
+    warnings.warn(f'{path} cannot be written, so unfinished runs are not kept; {remedy}', stacklevel=3)
     return False
 
 # %% ../../nbs/10_experiments/02b_storage.ipynb #8fb9e2c4

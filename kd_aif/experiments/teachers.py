@@ -173,11 +173,10 @@ def teacher_path(
 # %% ../../nbs/10_experiments/03_teachers.ipynb #b4a0548c
 def _kept_teacher(model, path):
     "The teacher and the seconds of its training, read into `model`; None where there is none, or a damaged one"
-    clock = path.with_suffix('.json')
-    if not (path.exists() and clock.exists()):
+    if not (path.exists() and path.with_suffix('.json').exists()):
         return None
     try:
-        seconds = float(json.loads(clock.read_text())['seconds'])
+        seconds = float(json.loads(path.with_suffix('.json').read_text())['seconds'])
         return load_model(model, path), seconds
     except (ValueError, KeyError, TypeError, OSError) as e:
         warnings.warn(f'the kept teacher {path} cannot be used ({e}); it is trained again', stacklevel=2)

@@ -128,7 +128,7 @@ _REMEDIES = {
     errno.EISDIR: 'it is a folder: give the name of a file',
 }
 
-
+# %% ../../nbs/01_foundation/01_core.ipynb #961a1235
 def _write_remedy(reason):
     "What to do, by default another path with the right to write"
     code = getattr(reason, 'errno', None)
@@ -143,7 +143,7 @@ def _usual_rights(path):
     path.unlink()
     return rights
 
-
+# %% ../../nbs/01_foundation/01_core.ipynb #68ace188
 def _put(temporary, path, rights):
     "Give a file its rights and its name"
     if not temporary.exists():

@@ -105,7 +105,7 @@ def load_state(
 def open_tensors(
     path: str | Path,  # a safetensors file
 ):  # a context manager that gives the open file, see `safetensors.safe_open`
-    "Read tensors inside the block; raises `FileNotFoundError`, or `ValueError` for a file that is broken or of another kind"
+    "Read tensors inside the block; raises `FileNotFoundError`, or `ValueError` for a broken file or another kind"
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"path={str(path)!r} does not exist; give a file that was saved before")

@@ -222,6 +222,11 @@ def _cell(name, v):
     return f'{v:.4g}' if isinstance(v, float) else markdown_text(v)
 
 # %% ../../nbs/09_reporting/05_records.ipynb #6ae8e48b
+def _one_cell(text):
+    "Without line breaks and without a sign that would begin another cell"
+    return re.sub(r'(?<!\\)\|', r'\\|', text).replace('\n', ' ')
+
+# %% ../../nbs/09_reporting/05_records.ipynb #1a3e3362
 def markdown_table(
     header,  # names of the columns
     rows,  # rows of strings
@@ -230,11 +235,6 @@ def markdown_table(
     "A table in Markdown."
     rule = ['---', *['---:' if numbers else '---'] * (len(header) - 1)]
     return '\n'.join('| ' + ' | '.join(map(_one_cell, row)) + ' |' for row in [header, rule, *rows])
-
-
-def _one_cell(text):
-    "Without line breaks and without a sign that would begin another cell"
-    return re.sub(r'(?<!\\)\|', r'\\|', text).replace('\n', ' ')
 
 # %% ../../nbs/09_reporting/05_records.ipynb #01-records-027
 @patch

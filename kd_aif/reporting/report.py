@@ -82,7 +82,8 @@ def about_section(
 ) -> tuple:  # (heading, items): what `html_report` takes
     "The first section of a page"
     text = (
-        f'{n:,} records in {markdown_text(name)}, a section for each setting: what its numbers allow to say, the table and the '
-        'figure of all methods, what the weights were worth as detectors of wrong labels, and where the time went.'
+        f'{n:,} records in {markdown_text(name)}, a section for each setting: what its numbers allow to say, '
+        'the table and the figure of all methods, what the weights were worth as detectors of wrong labels, '
+        'and where the time went.'
     )
     return 'About this page', [text]

@@ -42,10 +42,15 @@ def check_class_labels(
     least, most = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
     if least < 0 or most >= MOST_CLASSES:
         raise ValueError(
-            f'{name} has values from {least} to {most}; number the classes from 0, fewer than {MOST_CLASSES:,}, such as by '
-            f'{name}.unique(return_inverse=True)[1]'
+            f'{name} has values from {least} to {most}; number the classes from 0, fewer than {MOST_CLASSES:,}, '
+            f'such as by {name}.unique(return_inverse=True)[1]'
         )
     return labels.cpu()
+
+# %% ../../nbs/05_weights/01_transforms.ipynb #ede49652
+def _groups(labels, n):
+    "(n,) number of the group of each sample"
+    return torch.zeros(n, dtype=torch.long) if labels is None else check_class_labels('labels', labels)
 
 # %% ../../nbs/05_weights/01_transforms.ipynb #b12c090c
 def mean_one_within_class(
@@ -54,10 +59,7 @@ def mean_one_within_class(
 ) -> Tensor:  # (n,) mean 1, within every class when labels are given
     "Scale weights to mean one, over all samples or within each class; a class of zero weights gets ones"
     weights = weights.cpu()
-    if labels is None:
-        groups = torch.zeros(len(weights), dtype=torch.long)
-    else:
-        groups = check_class_labels('labels', labels)
+    groups = _groups(labels, len(weights))
     sums = torch.zeros(int(groups.max()) + 1, dtype=weights.dtype).index_add_(0, groups, weights)
     mean = (sums / torch.bincount(groups, minlength=len(sums)).clamp_min(1))[groups]
     return torch.where(mean > 0, weights / mean.clamp_min(torch.finfo(weights.dtype).tiny), 1.0)

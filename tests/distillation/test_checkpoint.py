@@ -3,10 +3,7 @@
 import dataclasses
 import json
 import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -202,53 +199,6 @@ def test_all_layer_scores_refreshed_in_training_are_refused(tmp_path):
     options = dict(mechanism='student', schedule=Every(1, 1), weighting=Published(last_layer=False))
     with pytest.raises(ValueError, match='give Published'):
         run(tmp_path / 'a.safetensors', **options)
-
-
-PROGRAM = """
-import sys, torch
-torch.set_num_threads(1)
-from kd_aif.data.images import hold_out, subset
-from kd_aif.data.label_noise import symmetric_noise
-from kd_aif.data.loaders import ImageBatches
-from kd_aif.data.sources import load_images
-from kd_aif.distillation.checkpoint import Checkpoint
-from kd_aif.distillation.distill import distill
-from kd_aif.distillation.schedules import OneShot
-from kd_aif.distillation.trainer import Training
-from kd_aif.models.build import build_model, save_model
-
-train, val = hold_out(load_images('digits'), 300, seed=0)
-train, val = (ImageBatches(d, 64, seed=0) for d in (symmetric_noise(train, 0.4, 0), val))
-make = lambda seed: build_model('cnn8', 10, 1, seed=seed)
-teacher = make(1)
-distill(teacher, None, train, val, training=Training(4, progress=False, checkpoint=Checkpoint(sys.argv[1] + '/t.safetensors', 0)))
-print('begun', flush=True)
-training = Training(8, progress=False, checkpoint=Checkpoint(sys.argv[1] + '/s.safetensors', 0))
-run = distill(make(0), teacher, train, val, mechanism='both', schedule=OneShot(make_teacher=lambda: make(2)), training=training)
-save_model(run.student, sys.argv[1] + '/end.safetensors')
-"""
-
-
-def start(folder):
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, '-W', 'ignore', '-c', PROGRAM, folder]
-    return subprocess.Popen(command, stdout=subprocess.PIPE)
-
-
-def test_killed_at_any_moment_it_ends_as_in_one_piece(tmp_path):
-    assert start(tmp_path / 'whole').wait(300) == 0
-    killed = 0
-    for number in range(5):
-        process = start(tmp_path / 'killed')
-        process.stdout.readline()  # imports and the teacher take most of the time: die behind them
-        time.sleep(0.15 * (number + 1))
-        killed += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert killed >= 3
-    assert start(tmp_path / 'killed').wait(300) == 0
-    ends = [(tmp_path / name / 'end.safetensors').read_bytes() for name in ('whole', 'killed')]
-    assert ends[0] == ends[1]
 
 
 # What decides a run, and what remembers

@@ -4,16 +4,18 @@ import errno
 import json
 import os
 import pickle
+import re
 import resource
 import stat
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from kd_aif.data.images import hold_out, subset
@@ -186,46 +188,36 @@ def test_an_error_about_another_file_stays_as_it_is(tmp_path):
 # Records
 
 
-@pytest.mark.parametrize('fault', ['disk full', 'file too large', 'below a file'])
+@pytest.mark.parametrize('fault', ['disk full', 'below a file'])
 def test_a_record_that_cannot_be_written_is_kept_elsewhere(fault, tmp_path, monkeypatch):
     made, out = record(config={}), tmp_path / 'results'
     save_record(record(1), out)
     before = content(out)
-    replaced, limit = os.replace, made.path(out)
+    replaced, path = os.replace, made.path(out)
 
     def full(a, b):
-        if Path(b).parent == limit.parent:
+        if Path(b).parent == path.parent:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(a))
         return replaced(a, b)
 
     if fault == 'below a file':
         (tmp_path / 'file').write_text('')
         out = tmp_path / 'file'
-    limits = no_large_files if fault == 'file too large' else None
     with monkeypatch.context() as m, pytest.raises(WriteError, match='append its line to') as e:
-        m.setattr(os, 'replace', full)
-        if limits:
-            with limits(out, m):
-                save_record(made, out)
+        if fault == 'disk full':
+            m.setattr(os, 'replace', full)
         save_record(made, out)
     assert content(tmp_path / 'results') == before
     (aside,) = (tmp_path / 'temporary').iterdir()
     assert str(aside) in str(e.value)
     target = made.path(tmp_path / 'results')
     target.write_bytes(target.read_bytes() + aside.read_bytes())  # what the message says
-    assert (
-        load_records(tmp_path / 'results') == [made, record(1, time=read_records(target)[0].time)]
-        or len(load_records(tmp_path / 'results')) == 2
-    )
-
-
-def deep(line):
-    return b'[' * 100_000
+    assert [r.seed for r in load_records(tmp_path / 'results')] == [0, 1]
 
 
 BAD_LINES = {
     'cut off': (lambda line: line[:-40], 'line 2, is not a readable record'),
-    'deep': (deep, 'line 2, is not a readable record'),
+    'deep': (lambda line: b'[' * 100_000, 'line 2, is not a readable record'),
     'no text': (lambda line: b'\xff\xfe', 'line 2, is not a readable record'),
     'changed': (lambda line: line.replace(b'"seed": 1', b'"seed": 7'), 'line 2, holds a run with key'),
     'list': (lambda line: b'[]', 'line 2, is not a readable record'),
@@ -273,12 +265,8 @@ def table(folder, **columns):
     return path
 
 
-def encoded(image, mode='L', **options):
-    from io import BytesIO
-
-    from PIL import Image
-
-    Image.fromarray(image[0].numpy(), mode).save(buffer := BytesIO(), format='PNG', **options)
+def encoded(image):
+    Image.fromarray(image[0].numpy()).save(buffer := BytesIO(), format='PNG')
     return buffer.getvalue()
 
 
@@ -386,8 +374,8 @@ def test_a_hostile_checkpoint_is_refused_and_not_executed(train, write, tmp_path
     with pytest.raises(ValueError, match='holds no complete state.*delete it to begin anew'):
         train(path)
     assert not Path('executed').exists() and path.read_bytes() == before
-    with pytest.raises(FileExistsError):
-        os.mkdir('executed') or pickle.loads(pickle.dumps(Hostile()))
+    pickle.loads(pickle.dumps(Hostile()))
+    assert Path('executed').exists(), 'it is hostile'
 
 
 def same(a, b):
@@ -483,7 +471,7 @@ def test_commands_end_with_a_sentence_before_anything_is_trained(name, capsys, m
     options = make(monkeypatch)
     code, out, err = command(capsys, **options)
     assert code == 2 and err.startswith('error: ') and err.count('\n') == 1
-    assert pytest.importorskip('re').search(words, err), err
+    assert re.search(words, err), err
 
 
 def test_a_damaged_checkpoint_ends_the_command_and_stays(capsys, monkeypatch):
@@ -558,4 +546,3 @@ def test_a_found_record_says_with_what_it_was_made(capsys):
     )
     code, out, err = command(capsys)
     assert 'made with PyTorch 2.0.0 on cpu, x86_64, 96 threads, here PyTorch' in out and code == 0
-    assert sys.stdout is not None
