@@ -76,7 +76,7 @@ def teacher_folder(self: Storage) -> Path:
 def _can_be_written(folder):
     "Whether files can be made in a folder; warns where not"
     path = Path(folder).expanduser()
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    existing = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return True
     remedy = 'name another folder by checkpoints or KD_AIF_CACHE'

@@ -26,6 +26,7 @@ from kd_aif.distillation.checkpoint import Checkpoint, Stopped, write_checkpoint
 from kd_aif.distillation.distill import distill
 from kd_aif.distillation.trainer import Training
 from kd_aif.experiments.cli import kd_aif_report, kd_aif_run
+from kd_aif.experiments.storage import Storage
 from kd_aif.few_labels.algorithms import FixMatch
 from kd_aif.few_labels.batches import labelled_split
 from kd_aif.few_labels.settings import SSLTraining
@@ -533,6 +534,14 @@ def test_images_are_used_where_the_cache_cannot_be_written(tmp_path):
     with pytest.warns(UserWarning, match='cannot be written.*KD_AIF_CACHE'):
         data = load_images('svhn', root=tmp_path / 'in', progress=False)
     assert data.y.tolist() == [0, 1, 2] and (tmp_path / 'cache').read_text() == 'a file'
+
+
+def test_unfinished_runs_are_not_kept_in_a_cache_that_cannot_be_written(tmp_path):
+    folder = Path(a_file('file')) / 'ssl'
+    with pytest.warns(UserWarning, match='cannot be written, so unfinished runs are not kept.*KD_AIF_CACHE'):
+        assert Storage().checkpoint('run', folder) is None  # nobody chose it
+    assert Storage().checkpoint('run', tmp_path / 'new').path == tmp_path / 'new' / 'run.safetensors'
+    assert Storage(checkpoints=folder).checkpoint('run') is not None  # whoever chose it gets an error
 
 
 def test_a_found_record_says_with_what_it_was_made(capsys):
