@@ -37,9 +37,9 @@ from kd_aif.influence.last_layer import (
     class_gradients,
     HALF,
     LAST_LAYER,
+    last_layer_curvature,
     last_layer_solver,
     last_layer_view,
-    LastLayerGaussNewton,
 )
 from .sampled_rows import affordable_rows
 from .scored_parameters import scored_parameters
@@ -197,7 +197,7 @@ def _last_layer_scores(model, loss, train, val, solver, target, val_loss, forwar
     view = last_layer_view(model, loss, train, forward, keep, progress)
     b = _view_gradient(held, target)
     times.append(wall_seconds())
-    solution = (solver or last_layer_solver(view)).solve(LastLayerGaussNewton(view), b)
+    solution = (solver or last_layer_solver(view)).solve(last_layer_curvature(view), b)
     times.append(wall_seconds())
     values = view.scores(solution.x)
     if target == 'posterior':
