@@ -25,7 +25,8 @@ from ..foundation.splits import stratified_folds
 from ..influence.cross_scores import cross_scores, CrossScores, Scoring
 from ..influence.curvature import GaussNewton
 from ..influence.last_layer import _max_hessians, last_layer_solver, last_layer_view
-from ..influence.last_layer import LastLayerGaussNewton
+from ..influence.last_layer import last_layer_curvature
+from ..influence.logit_products import join_hessians
 from ..influence.scores import all_layer_solver
 from ..rivals.fixed_weights import self_influence_cross
 
@@ -100,10 +101,10 @@ def folds(
 def _last_layer_curvature(t, v, curvature):
     "Curvature of the training samples, or of both sets"
     if curvature == 'train':
-        return LastLayerGaussNewton(t)
-    both = {k: torch.cat([getattr(t, k), getattr(v, k)]) for k in ('features', 'logit_hessians')}
+        return last_layer_curvature(t)
+    both = {k: join_hessians(getattr(t, k), getattr(v, k)) for k in ('features', 'logits', 'logit_hessians')}
     rows = torch.cat([t.hessian_rows, v.hessian_rows + len(t)])
-    return LastLayerGaussNewton(dataclasses.replace(t, **both, hessian_rows=rows))
+    return last_layer_curvature(dataclasses.replace(t, **both, hessian_rows=rows))
 
 # %% ../../nbs/11_benchmarks/14_variant_scores.ipynb #14-bench-017
 def _targets(view, fold, k):

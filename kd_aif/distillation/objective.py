@@ -113,15 +113,27 @@ def distillation_loss(
     T, alpha, label_loss, teacher_loss = self.T, self.alpha, self.label_loss, self.teacher_loss
     return lambda z, batch: (1 - alpha) * label_loss(z, batch) + alpha * teacher_loss(z, teacher_logits, T)
 
+# %% ../../nbs/06_distillation/02_objective.ipynb #6e370574
+@patch(as_prop=True)
+def softmax_terms(self: Objective) -> tuple | None:  # ((share, temperature), …); None: no closed form
+    "The softmax losses of which labels and teacher consist"
+    labels = getattr(self.label_loss, 'softmax_terms', None)
+    if not labels or self.teacher_loss is not softened_divergence:
+        return None
+    return *(((1 - self.alpha) * share, T) for share, T in labels), (self.alpha, self.T)
+
 # %% ../../nbs/06_distillation/02_objective.ipynb #bcd8735c
-@patch
+@patch(as_prop=True)
 def own_loss(
     self: Objective,
-    logits: Tensor,  # (b, C) of the student
-    batch: dict,  # with 'teacher_logits' (b, C)
-) -> Tensor:  # (b,)
+) -> Callable:  # loss(logits, batch) -> (b,); the batch has 'teacher_logits' (b, C)
     "The student's own loss of a batch that holds the teacher's logits"
-    return self.distillation_loss(batch['teacher_logits'])(logits, batch)
+
+    def loss(logits, batch):
+        return self.distillation_loss(batch['teacher_logits'])(logits, batch)
+
+    loss.softmax_terms = self.softmax_terms
+    return loss
 
 # %% ../../nbs/06_distillation/02_objective.ipynb #184b25c9
 def bootstrapping_loss(

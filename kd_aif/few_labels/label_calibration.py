@@ -17,9 +17,9 @@ from ..foundation.losses import batch_cross_entropy
 from ..foundation.reprs import ShortRepr
 from ..foundation.splits import stratified_folds
 from kd_aif.influence.last_layer import (
+    last_layer_curvature,
     last_layer_solver,
     last_layer_view,
-    LastLayerGaussNewton,
     LastLayerView,
 )
 from ..models.features import default_forward
@@ -125,7 +125,7 @@ def calibrate(
     v = last_layer_view(network, batch_cross_entropy, held_out, forward, progress=False)
     fold = stratified_folds(held_out[0]['y'], 2, seed).repeat(len(held_out)).to(v.y.device)
     gradients = torch.stack([v.select(fold != k).gradient() for k in (0, 1)], 1)
-    found = last_layer_solver(others).solve(LastLayerGaussNewton(others), gradients)
+    found = last_layer_solver(others).solve(last_layer_curvature(others), gradients)
     S = found.x.T.reshape(2, v.logits.shape[1], -1)
     log_p = v.logits.log_softmax(1)
     both = [label_influence(v.features, log_p.exp(), s) for s in S]

@@ -84,6 +84,9 @@ def batch_cross_entropy(
     "Per-sample cross-entropy in the form `loss(logits, batch)` that scoring and training call"
     return F.cross_entropy(logits, batch['y'], reduction='none')
 
+
+batch_cross_entropy.softmax_terms = ((1.0, 1.0),)  # its logit Hessian is diag(q) − qqᵀ at temperature 1
+
 # %% ../../nbs/01_foundation/03_losses.ipynb #ca6ec6d5
 @static
 def squared_error(

@@ -26,9 +26,9 @@ from kd_aif.influence.last_layer import (
     _max_hessians,
     class_gradients,
     LAST_LAYER,
+    last_layer_curvature,
     last_layer_solver,
     last_layer_view,
-    LastLayerGaussNewton,
     LastLayerView,
 )
 from kd_aif.influence.scores import (
@@ -40,6 +40,7 @@ from kd_aif.influence.scores import (
     check_gradient,
     joined_notes,
 )
+from .logit_products import join_hessians
 from .scored_parameters import scored_parameters
 from .solvers import Solution
 
@@ -134,12 +135,12 @@ def last_layer_views(
 def _concatenated(t, v):
     "The view of all samples of two views"
     most = max(1, len(t.hessian_rows) * len(v) // len(t))
-    keep = sample_mask(len(v.hessian_rows), most).to(v.logit_hessians.device)
+    keep = sample_mask(len(v.hessian_rows), most).to(v.hessian_rows.device)
     rows = torch.cat([t.hessian_rows, v.hessian_rows[keep] + len(t)])
     both = lambda name: torch.cat([getattr(t, name), getattr(v, name)])
     return LastLayerView(
         *map(both, ('features', 'logits', 'losses', 'logit_gradient')),
-        torch.cat([t.logit_hessians, v.logit_hessians[keep]]),
+        join_hessians(t.logit_hessians, v.logit_hessians[keep]),
         rows,
         both('index'),
         both('y'),
@@ -176,7 +177,7 @@ def _last_layer_folds(model, loss, train, val, target, folds, seed, scoring, vie
     rest = [held.select(fold != k) for k in range(folds)]
     b = [r.gradient()[:, None] if target == 'mean' else r.gradient_by_class() for r in rest]
     gradient = perf_counter()
-    solution = (solver or last_layer_solver(both)).solve(LastLayerGaussNewton(both), torch.cat(b, 1))
+    solution = (solver or last_layer_solver(both)).solve(last_layer_curvature(both), torch.cat(b, 1))
     solve, x = perf_counter(), solution.x.chunk(folds, 1)
     read = lambda view: torch.stack([_influence(view.scores(s), view.logits, target) for s in x])
     influence = read(t), read(v)

@@ -33,22 +33,30 @@ def _rotate_and_divide(V, QA, QB, values, lam):
     return torch.einsum('ci,ijk,dj->cdk', QB, rotated, QA).to(V.dtype)
 
 # %% ../../nbs/04_influence/04_kronecker.ipynb #d4f5d7af
+def _sums(operator, terms):
+    "Sums of terms(h, B) over the tiles of a last layer, in double precision"
+    tiles = (terms(h.double(), B.double()) for h, B in operator.hessian_tiles())
+    return [sum(term) for term in zip(*tiles)]
+
+# %% ../../nbs/04_influence/04_kronecker.ipynb #23f4776f
 def _last_layer_inverse(operator, lam, eigenvalue_corrected):
     "K-FAC or EK-FAC of a last layer, from all its samples and without sampling"
-    h, B = operator.h.double(), operator.logit_hessians.double()
-    (alpha, QA), (beta, QB) = _eigen(h.T @ h / len(h)), _eigen(B.mean(0))
+    n, A, B = _sums(operator, lambda h, B: (len(h), h.T @ h, B.sum(0)))
+    (alpha, QA), (beta, QB) = _eigen(A / n), _eigen(B / n)
     values = torch.outer(beta, alpha)
     if eigenvalue_corrected:
-        values = torch.einsum('ncd,ci,di->in', B, QB, QB) @ (h @ QA) ** 2 / len(h)
+        rotated = lambda h, B: (torch.einsum('ncd,ci,di->in', B, QB, QB) @ (h @ QA) ** 2,)
+        values = _sums(operator, rotated)[0] / n
     return lambda v: _rotate_and_divide(v.reshape(len(QB), len(QA), -1), QA, QB, values, lam).reshape(v.shape)
 
 # %% ../../nbs/04_influence/04_kronecker.ipynb #b287fac1
 def last_layer_diagonal(
-    operator,  # of a last layer: `.h` (m, d) inputs, `.logit_hessians` (m, C, C)
+    operator,  # of a last layer: `.hessian_tiles()` gives inputs (b, d) and logit Hessians (b, C, C)
 ) -> Tensor:  # (C*d,) in the order of the operator
     "The exact diagonal of the Gauss-Newton matrix of a last layer"
-    B = operator.logit_hessians.diagonal(dim1=1, dim2=2)
-    return (B.T @ operator.h**2 / len(operator.h)).flatten()
+    tiles = ((len(h), B.diagonal(dim1=1, dim2=2).T @ h**2) for h, B in operator.hessian_tiles())
+    n, total = map(sum, zip(*tiles))
+    return (total / n).flatten()
 
 # %% ../../nbs/04_influence/04_kronecker.ipynb #41fa6ebb
 class _RootedLogits(nn.Module):
@@ -307,7 +315,7 @@ def _check_settings(lam, approx, fisher, mc_samples):
 # %% ../../nbs/04_influence/04_kronecker.ipynb #3f7acffe
 def _inverse_by_kind(operator, lam, eigenvalue_corrected, seed, **settings):
     "The inverse of a last layer or of a network, and a note in words"
-    if hasattr(operator, 'logit_hessians'):
+    if hasattr(operator, 'hessian_tiles'):
         return _last_layer_inverse(operator, lam, eigenvalue_corrected), 'closed form of the last layer'
     if hasattr(operator, 'flat'):
         return _network_inverse(operator, lam, eigenvalue_corrected, seed, **settings)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'LAST_LAYER', 'HALF', 'class_gradients', 'LastLayerView', 'last_layer_view', 'LastLayerGaussNewton',
-           'last_layer_solver']
+           'last_layer_curvature', 'last_layer_solver']
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #bc15edc3
 from collections.abc import Callable, Iterable
@@ -24,6 +24,8 @@ from .curvature import FlatModel
 from .forward_mode import measuring
 from .iterative_solvers import CG
 from .logit_hessians import hessian_roots, logit_hessians
+from .logit_products import DENSE_CLASSES, join_hessians, LogitProducts, loss_part
+from .many_classes import ClasswiseKFAC, ManyClassGaussNewton
 from .sampled_rows import gradient_pieces, root_rows, Rows
 from .solvers import Exact, Woodbury
 from ..models.features import features_and_logits, last_linear
@@ -86,7 +88,9 @@ class LastLayerView(ShortRepr):
     logits: Tensor  # (n, C)
     losses: Tensor  # (n,) loss of each sample
     logit_gradient: Tensor  # (n, C) gradient of the loss with respect to the logits
-    logit_hessians: Tensor  # (m, C, C) its Hessian, for m of the samples
+    logit_hessians: (
+        Tensor | LogitProducts
+    )  # (m, C, C) its Hessian, for m of the samples; products above 32 classes
     hessian_rows: Tensor  # (m,) positions of these samples
     index: Tensor  # (n,) stable index
     y: Tensor  # (n,) given labels; zeros where they are real numbers
@@ -164,13 +168,19 @@ def _logit_gradient_and_losses(loss, logits, batch):
 
     return grad(total, has_aux=True)(logits)
 
+# %% ../../nbs/04_influence/08_last_layer.ipynb #96c73d5e
+def _hessians(loss, z, batch):
+    "Logit Hessians of some samples: matrices, or with many classes what their products need"
+    if z.shape[1] > DENSE_CLASSES:
+        return LogitProducts(loss_part(loss, z, batch)) if len(z) else LogitProducts()
+    return logit_hessians(loss, z, batch) if len(z) else z.new_zeros(0, z.shape[1], z.shape[1])
+
 # %% ../../nbs/04_influence/08_last_layer.ipynb #e2b98ed5
 def _derivatives(loss, z, batch, chosen, start):
     "Losses, logit gradient, logit Hessian of the chosen rows, their positions, index and labels of one batch"
     gradient, losses = _logit_gradient_and_losses(loss, z, batch)
     rows = chosen[start : start + len(z)].nonzero()[:, 0]
-    none = z.new_zeros(0, z.shape[1], z.shape[1])
-    hessian = logit_hessians(loss, z[rows], batch_rows(batch, rows)) if len(rows) else none
+    hessian = _hessians(loss, z[rows], batch_rows(batch, rows))
     labels = class_groups(batch['y'])
     return losses, gradient, hessian, (rows + start).to(z.device), batch['index'], labels
 
@@ -222,7 +232,7 @@ def last_layer_view(
     if not parts:
         raise ValueError("batches: no sample; give at least one batch, in a list or another re-iterable")
     _check_count(n_samples, n)
-    return LastLayerView(*(torch.cat(p) for p in zip(*parts)))
+    return LastLayerView(*(join_hessians(*p) for p in zip(*parts)))
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #56fc2081
 @patch
@@ -238,7 +248,7 @@ def under(
         batch, end = to_device(batch, self.logits.device), start + len(batch['index'])
         parts.append(_derivatives(loss, self.logits[start:end], batch, chosen, start))
         start = end
-    losses, gradient, hessian, rows, index, y = map(torch.cat, zip(*parts))
+    losses, gradient, hessian, rows, index, y = (join_hessians(*p) for p in zip(*parts))
     check_order('batches', self.index, index)
     return LastLayerView(self.features, self.logits, losses, gradient, hessian, rows, index, y)
 
@@ -250,6 +260,11 @@ class LastLayerGaussNewton:
         self,
         view: LastLayerView,  # with logit Hessians for the samples that the curvature averages over
     ):
+        if isinstance(view.logit_hessians, LogitProducts):
+            raise ValueError(
+                f"view: its {view.logits.shape[1]} classes have no logit Hessians as matrices; "
+                "use last_layer_curvature(view)"
+            )
         self.h, self.logit_hessians = view.features[view.hessian_rows], view.logit_hessians
         if not len(self.h):
             raise ValueError(
@@ -285,6 +300,14 @@ def hessian(self: LastLayerGaussNewton) -> LastLayerGaussNewton:  # the same ope
     "The Hessian: the logits are linear in the layer"
     return self
 
+# %% ../../nbs/04_influence/08_last_layer.ipynb #b1b1e62c
+@patch
+def hessian_tiles(
+    self: LastLayerGaussNewton,
+):  # an iterator over (h (b, d), H (b, C, C))
+    "Features and logit Hessians of the samples"
+    yield self.h, self.logit_hessians
+
 # %% ../../nbs/04_influence/08_last_layer.ipynb #3b2c5e69
 @patch
 def dense(self: LastLayerGaussNewton) -> Tensor:  # (C·d, C·d)
@@ -304,9 +327,19 @@ def trace(self: LastLayerGaussNewton) -> float:  # sum of the eigenvalues
     return float((self.logit_hessians.diagonal(dim1=1, dim2=2).sum(1) * (self.h**2).sum(1)).mean())
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #2e258e97
+def last_layer_curvature(
+    view: LastLayerView,  # with logit Hessians for the samples that the curvature averages over
+) -> LastLayerGaussNewton | ManyClassGaussNewton:  # the curvature
+    "The Gauss-Newton matrix of the last layer. Raises `ValueError` for a view without logit Hessians"
+    if isinstance(view.logit_hessians, LogitProducts):
+        return ManyClassGaussNewton(view.features, view.logits, view.logit_hessians, view.hessian_rows)
+    return LastLayerGaussNewton(view)
+
+# %% ../../nbs/04_influence/08_last_layer.ipynb #694e9681
 def _max_hessians(n_classes, n_samples):
-    "How many logit Hessians to keep: at most 4·10⁷ numbers (4,000 samples of 100 classes), at least one"
-    most = int(4e7) // n_classes**2
+    """How many samples the curvature averages over: at most 4·10⁷ numbers, at least one sample.
+    Numbers are those of the logit Hessians up to 32 classes (400,000 samples of 10), those of the logits above"""
+    most = int(4e7) // (n_classes if n_classes > DENSE_CLASSES else n_classes**2)
     return max(1, most if n_samples is None else min(most, n_samples))
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #e4ec0a58
@@ -316,4 +349,6 @@ def last_layer_solver(
     "`Exact` where the last layer has at most 3,000 parameters, else `CG` on all kept samples"
     if view.features.shape[1] * view.logits.shape[1] <= 3000:
         return Exact(max_size=3000)
-    return CG(max_iter=50, tol=1e-3, n_samples=None, preconditioner=Woodbury(n_samples=512))
+    many = isinstance(view.logit_hessians, LogitProducts)
+    preconditioner = ClasswiseKFAC() if many else Woodbury(n_samples=512)
+    return CG(max_iter=50, tol=1e-3, n_samples=None, preconditioner=preconditioner)

@@ -37,9 +37,9 @@ from kd_aif.influence.last_layer import (
     class_gradients,
     HALF,
     LAST_LAYER,
+    last_layer_curvature,
     last_layer_solver,
     last_layer_view,
-    LastLayerGaussNewton,
 )
 from .sampled_rows import affordable_rows
 from .scored_parameters import scored_parameters
@@ -197,7 +197,7 @@ def _last_layer_scores(model, loss, train, val, solver, target, val_loss, forwar
     view = last_layer_view(model, loss, train, forward, keep, progress)
     b = _view_gradient(held, target)
     times.append(wall_seconds())
-    solution = (solver or last_layer_solver(view)).solve(LastLayerGaussNewton(view), b)
+    solution = (solver or last_layer_solver(view)).solve(last_layer_curvature(view), b)
     times.append(wall_seconds())
     values = view.scores(solution.x)
     if target == 'posterior':
@@ -211,9 +211,9 @@ def all_layer_solver(
     flat: FlatModel | None = None,  # the model; None: its rows fit into memory
 ) -> CG | Woodbury | PolishedWoodbury:  # a solver for all layers
     """`CG` for one right-hand side; `Woodbury` with 1,024 rows for several, whose cost does not grow with them.
-    `PolishedWoodbury` with `affordable_rows` where 512 rows are not affordable."""
-    if flat is not None and affordable_rows(flat, 512) < 512:
-        return PolishedWoodbury(n_samples=affordable_rows(flat, 512))
+    `PolishedWoodbury` with 256 rows above 2²⁰ parameters, or where 512 rows are not affordable."""
+    if flat is not None and (flat.size > 2**20 or affordable_rows(flat, 512) < 512):
+        return PolishedWoodbury()
     rows = 1024 if flat is None else affordable_rows(flat, 1024)
     return CG() if columns == 1 else Woodbury(n_samples=rows)
 

@@ -24,8 +24,8 @@ from kd_aif.influence.last_layer import (
     _gradients,
     _max_hessians,
     LAST_LAYER,
+    last_layer_curvature,
     last_layer_view,
-    LastLayerGaussNewton,
 )
 from kd_aif.influence.scores import (
     _check_precision,
@@ -47,8 +47,10 @@ def _last_layer_pieces(model, loss, train, solver, forward, progress, embeddings
     n_classes = last_linear(model, first, forward)[1].out_features
     keep = _max_hessians(n_classes, solver.n_samples if solver else None)
     view = last_layer_view(model, loss, train, forward, keep, progress)
-    operator = LastLayerGaussNewton(view)
-    solver = solver or (Exact() if operator.size <= 3000 else Woodbury(n_samples=1024))
+    operator = last_layer_curvature(view)
+    solver = solver or (
+        Exact() if operator.size <= 3000 else Woodbury(n_samples=min(1024, max(1, 2**28 // operator.size)))
+    )
     slices = row_slices(len(view), max(1, 2**24 // operator.size))
     return (
         solver,

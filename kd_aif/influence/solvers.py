@@ -276,7 +276,7 @@ def inverse(
     lam: float,  # λ
 ):  # v (P, k) -> (P, k), and a note in words
     "The inverse as a function, for use as a preconditioner too"
-    if hasattr(operator, 'logit_hessians'):
+    if hasattr(operator, 'hessian_tiles'):
         diagonal = last_layer_diagonal(operator)
     elif hasattr(operator, 'flat'):
         diagonal = sampled_diagonal(operator.flat, operator.batches, seed=self.seed)

@@ -23,9 +23,9 @@ from ..foundation.losses import batch_cross_entropy
 from ..foundation.reprs import ShortRepr
 from ..foundation.splits import stratified_folds
 from kd_aif.influence.last_layer import (
+    last_layer_curvature,
     last_layer_solver,
     last_layer_view,
-    LastLayerGaussNewton,
     LastLayerView,
 )
 from ..models.features import default_forward
@@ -74,7 +74,7 @@ def class_influence(
         gradients.append(shares.mix(ours, val.select(val_half == k).gradient_by_class()))
         gaps.append(aim.select(val_half == k).gradient() - gradients[k] @ total.to(gradients[k]))
     solver = solver or last_layer_solver(train)
-    s = solver.solve(LastLayerGaussNewton(train), torch.stack(gaps, 1)).x
+    s = solver.solve(last_layer_curvature(train), torch.stack(gaps, 1)).x
     return torch.stack([s[:, k] @ gradients[1 - k] for k in (0, 1)]).cpu()
 
 # %% ../../nbs/05_weights/05_class_weights.ipynb #641159c0

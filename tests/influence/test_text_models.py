@@ -325,7 +325,7 @@ def test_polishing_removes_the_rounding_of_woodbury():
     rough = Woodbury(1e-6, n_samples=None, check=True).solve(G, b)
     fine = PolishedWoodbury(1e-6, n_samples=None, tol=1e-3).solve(G, b)
     assert rough.residual > 0.05 and fine.residual < 0.02
-    assert rough.damping == fine.damping and rough.note == fine.note
+    assert rough.damping == fine.damping and rough.note in fine.note
     assert error(fine.x, rough.x.double()) < 1e-3  # what is removed is large in the residual alone
 
 
