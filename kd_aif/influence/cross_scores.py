@@ -18,11 +18,15 @@ from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #003c8835
 from ..foundation.batches import batch_rows, check_order, sample_batches, sample_mask
+from ..foundation.core import check_whole
 from ..foundation.splits import class_groups, stratified_folds
+from ..foundation.checks import check_function, check_instance, check_seed, check_switch
+from .call_checks import check_losses, check_scored
 from .curvature import FlatModel, GaussNewton, mean_gradient
 from .directional import check_finite, directional_scores
+
+# %% ../../nbs/04_influence/10_cross_scores.ipynb #4004daee
 from kd_aif.influence.last_layer import (
-    _check_losses,
     _max_hessians,
     class_gradients,
     LAST_LAYER,
@@ -34,14 +38,16 @@ from kd_aif.influence.last_layer import (
 from kd_aif.influence.scores import (
     _check_precision,
     _measured,
-    _n_classes,
     _seconds,
     all_layer_solver,
     check_gradient,
+    checked_batches,
     joined_notes,
 )
 from .scored_parameters import scored_parameters
+from .solver_settings import check_solver
 from .solvers import Solution
+from .used_solves import used_solution
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #07-influence-049
 @dataclass(frozen=True, repr=False)
@@ -113,6 +119,13 @@ class Scoring(ShortRepr):
     progress: bool = True  # show bars
     embeddings: bool = False  # all layers: the tables of embeddings too, see `scored_parameters`
 
+    def __post_init__(self):
+        check_solver(self.solver)
+        for name in ('last_layer', 'progress', 'embeddings'):
+            check_switch(name, getattr(self, name))
+        check_function('val_loss', self.val_loss, 'val_loss(logits, batch) -> (b,)', or_none=True)
+        check_function('forward', self.forward, 'forward(model, batch) -> logits (b, C)', or_none=True)
+
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #9f39b5c3
 def last_layer_views(
     model: nn.Module,  # the model; its last linear layer gives the logits
@@ -126,9 +139,9 @@ def last_layer_views(
     n_val: int | None = None,  # number of held-out samples, likewise
 ) -> tuple[LastLayerView, LastLayerView]:  # of the training samples and of the held-out samples
     "The last layer's view of both sets, as `cross_scores` takes it"
-    v = last_layer_view(model, loss, val, forward, 1000, progress, n_val)
+    v = last_layer_view(model, loss, val, forward, 1000, progress, n_val, 'val')
     keep = _max_hessians(v.logits.shape[1], solver.n_samples if solver else None)
-    return last_layer_view(model, loss, train, forward, keep, progress, n_samples), v
+    return last_layer_view(model, loss, train, forward, keep, progress, n_samples, 'train'), v
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #07-influence-059
 def _concatenated(t, v):
@@ -176,7 +189,8 @@ def _last_layer_folds(model, loss, train, val, target, folds, seed, scoring, vie
     rest = [held.select(fold != k) for k in range(folds)]
     b = [r.gradient()[:, None] if target == 'mean' else r.gradient_by_class() for r in rest]
     gradient = perf_counter()
-    solution = (solver or last_layer_solver(both)).solve(LastLayerGaussNewton(both), torch.cat(b, 1))
+    curvature, chosen = LastLayerGaussNewton(both), solver is not None
+    solution = used_solution(solver or last_layer_solver(both), curvature, torch.cat(b, 1), chosen=chosen)
     solve, x = perf_counter(), solution.x.chunk(folds, 1)
     read = lambda view: torch.stack([_influence(view.scores(s), view.logits, target) for s in x])
     influence = read(t), read(v)
@@ -211,7 +225,7 @@ def _outputs(flat, batches):
         for batch in batches:
             batch = flat.prepare(batch)
             z = flat.logits(flat.parameters(), batch)
-            losses = _check_losses(flat.loss(z, batch), len(z))
+            losses = check_losses(flat.loss(z, batch), len(z))
             parts.append((z, losses, batch['index'], class_groups(batch['y'])))
     if not parts:
         raise ValueError("batches: no sample; give at least one batch, in a list or another re-iterable")
@@ -237,15 +251,16 @@ def _all_layer_folds(model, loss, train, val, target, folds, seed, scoring):
     "`_Folds` by all layers"
     _check_precision(model)
     names, note = scored_parameters(model, scoring.embeddings)
-    start, flat, val = perf_counter(), FlatModel(model, loss, scoring.forward, names), list(val)
+    start, flat = perf_counter(), FlatModel(model, loss, scoring.forward, names)
     held = FlatModel(model, scoring.val_loss or loss, scoring.forward, names)
+    train, checked = checked_batches('train', flat, train), checked_batches('val', held, val)
+    val, n_classes = list(checked), checked.n_classes
     t, v = (_outputs(flat, batches) for batches in (train, val))
-    n_classes = _n_classes(held, val[0]) if scoring.val_loss else v.logits.shape[1]
     fold = stratified_folds(v.y, folds, seed).to(v.y.device)
     b = check_gradient('val', _fold_gradients(held, val, fold, folds, target, n_classes))
     gradient, solver = perf_counter(), scoring.solver or all_layer_solver(b.shape[1], flat)
     curvature = GaussNewton(flat, sample_batches(_Chained(train, val), solver.n_samples))
-    solution = solver.solve(curvature, b)
+    solution = used_solution(solver, curvature, b, chosen=scoring.solver is not None)
     solve = perf_counter()
 
     def read(batches, outputs):
@@ -288,6 +303,10 @@ def cross_scores(
     Raises `ValueError` for an unknown `score`, losses that are not one per sample, or too few validation samples;
     `TypeError` for all layers in half precision. Ours; not part of the published method."""
     _check_score(score)
+    check_instance('scoring', scoring, Scoring, 'give Scoring(solver, last_layer, ...)')
+    check_scored(model, loss, scoring.val_loss, scoring.forward)
+    check_whole('folds', folds, 2)
+    check_seed(seed)
     if views and not scoring.last_layer:
         raise ValueError("views are of the last layer; leave them out, or use last_layer=True")
     target = 'mean' if 'mean' in score else 'posterior'
