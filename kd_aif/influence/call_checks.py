@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..foundation.batches import batch_rows, batch_size, to_device
-from ..foundation.checks import check_function, check_network
+from ..foundation.checks import check_function
 from .forward_mode import measuring
 from ..models.features import default_forward
 
@@ -239,6 +239,7 @@ class CheckedBatches:
         batches: Iterable[dict],  # re-iterable batches
         first: Callable | None = None,  # first(batch) -> number of classes: checks outputs and losses
         keys: tuple = ('index', 'y'),  # what each batch must hold
+        different: bool = True,  # no index comes twice; False: several views of each sample
     ):
         if isinstance(batches, (str, bytes)) or not hasattr(batches, '__iter__'):
             raise TypeError(
@@ -247,7 +248,7 @@ class CheckedBatches:
         if isinstance(batches, Iterator):
             raise ValueError(f'{name}: an iterator can be read only once; give a list or another re-iterable')
         self.name, self.batches, self.first, self.keys = name, batches, first, keys
-        self.n_classes, self.done = 1, False
+        self.n_classes, self.different, self.done = 1, different, False
 
     def __len__(self):
         return len(self.batches)
@@ -268,7 +269,7 @@ def __iter__(self: CheckedBatches):
         index.append(batch.get('index', torch.zeros(0, dtype=torch.long)))
         held_out.append(batch.get('held_out', torch.zeros_like(index[-1], dtype=torch.bool)))
         yield batch
-    if index:
+    if index and self.different:
         check_different(self.name, torch.cat(index), torch.cat(held_out))
     self.done = True
 
@@ -325,13 +326,11 @@ def first_check(
 
 # %% ../../nbs/04_influence/02c_call_checks.ipynb #7c0131c5
 def check_scored(
-    model: nn.Module,  # the network
     loss: Callable,  # loss(logits, batch) -> (b,)
     val_loss: Callable | None = None,  # the same for the validation samples
     forward: Callable | None = None,  # forward(model, batch) -> logits
 ) -> None:
-    "Make sure that model and functions are such; else TypeError or ValueError."
-    check_network('model', model)
+    "Make sure that losses and forward pass are functions of the right arguments; else TypeError."
     check_function('loss', loss, 'loss(logits, batch) -> (b,), such as batch_cross_entropy')
     if isinstance(loss, nn.Module) and type(loss).__module__.startswith('torch.nn'):
         raise TypeError(

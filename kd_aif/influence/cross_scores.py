@@ -21,7 +21,7 @@ from ..foundation.batches import batch_rows, check_order, sample_batches, sample
 from ..foundation.core import check_whole
 from ..foundation.splits import class_groups, stratified_folds
 from ..foundation.checks import check_function, check_instance, check_seed, check_switch
-from .call_checks import check_losses, check_scored
+from .call_checks import check_losses, check_scored, CheckedBatches
 from .curvature import FlatModel, GaussNewton, mean_gradient
 from .directional import check_finite, directional_scores
 
@@ -182,7 +182,7 @@ def _last_layer_folds(model, loss, train, val, target, folds, seed, scoring, vie
     "`_Folds` by the last layer in closed form"
     start, solver, val_loss = perf_counter(), scoring.solver, scoring.val_loss
     if val_loss or not views:
-        val = list(val)
+        val = list(CheckedBatches('val', val))
     t, v = views or last_layer_views(model, loss, train, val, solver, scoring.forward, scoring.progress)
     both, held = _concatenated(t, v), v.under(val_loss, val) if val_loss else v
     fold = stratified_folds(v.y, folds, seed).to(v.y.device)
@@ -304,7 +304,7 @@ def cross_scores(
     `TypeError` for all layers in half precision. Ours; not part of the published method."""
     _check_score(score)
     check_instance('scoring', scoring, Scoring, 'give Scoring(solver, last_layer, ...)')
-    check_scored(model, loss, scoring.val_loss, scoring.forward)
+    check_scored(loss, scoring.val_loss, scoring.forward)
     check_whole('folds', folds, 2)
     check_seed(seed)
     if views and not scoring.last_layer:

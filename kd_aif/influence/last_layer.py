@@ -240,7 +240,7 @@ def last_layer_view(
 ) -> LastLayerView:  # on the CPU or the model's device
     "One forward pass that keeps features, logits and the loss's derivatives at the logits"
     device, layer, parts, n = next(model.parameters()).device, None, [], 0
-    batches = CheckedBatches(name, batches)
+    batches = batches if isinstance(batches, CheckedBatches) else CheckedBatches(name, batches)
     chosen = _hessian_mask(name, batches.batches, max_hessians, n_samples)
     with measuring(model), torch.no_grad():
         for batch in tqdm(batches, desc='last layer', leave=False, **bar_options(progress)):

@@ -23,7 +23,7 @@ from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/04_influence/09_scores.ipynb #ed6f697b
 from ..foundation.batches import check_order, sample_batches
-from ..foundation.checks import check_switch
+from ..foundation.checks import check_network, check_switch
 from ..foundation.core import atomic_path, wall_seconds
 from .call_checks import check_scored, CheckedBatches, first_check
 from .curvature import FlatModel, GaussNewton, mean_gradient
@@ -161,6 +161,7 @@ def _measured(function):
 
     @wraps(function)
     def run(model, *args, **kwargs):
+        check_network('model', model)
         with torch.inference_mode(False), measuring(model), torch.enable_grad():
             return function(model, *args, **kwargs)
 
@@ -342,7 +343,7 @@ def all_layer_scores(
 ) -> InfluenceScores:  # .values (n,), (n, C) for target='class', (n, q) for 'sample'
     """`influence_scores` with the parameters of all layers.
     Raises `ValueError` as that does, and for a warm start that does not fit; `TypeError` for half precision."""
-    check_scored(model, loss, val_loss, forward)
+    check_scored(loss, val_loss, forward)
     check_solver(solver)
     _check_target(target)
     _check_precision(model)
@@ -389,7 +390,7 @@ def influence_scores(
     """∇L_V(θ)ᵀ(G + λI)⁻¹∇ℓ_i(θ) of every training sample: n·(L_V after leaving i out and refitting − L_V).
     Raises `ValueError` for an unknown `target`, an empty set, losses that are not one per sample, or a solve
     that fails. Koh and Liang (2017), eq. 2, with the sign turned."""
-    check_scored(model, loss, val_loss, forward)
+    check_scored(loss, val_loss, forward)
     check_solver(solver)
     check_switch('last_layer', last_layer)
     score = _last_layer_scores if last_layer else all_layer_scores

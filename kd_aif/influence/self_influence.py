@@ -143,7 +143,7 @@ def self_influence(
 ) -> InfluenceScores:  # .values (n,), not negative
     """∇ℓ_iᵀ(G + λI)⁻¹∇ℓ_i of every training sample. Koh and Liang (2017), section 5.4.
     Raises `ValueError` for a solver without a written inverse, and as `influence_scores`."""
-    check_scored(model, loss, forward=forward)
+    check_scored(loss, forward=forward)
     check_solver(solver)
     for name, value in (('last_layer', last_layer), ('embeddings', embeddings)):
         check_switch(name, value)

@@ -6,6 +6,7 @@
 __all__ = ['MOST_STEPS', 'is_usable', 'used_solution']
 
 # %% ../../nbs/04_influence/06b_used_solves.ipynb #012e7518
+import warnings
 from dataclasses import replace
 
 import torch
@@ -41,6 +42,15 @@ def _gone_on(operator, b, first):
         inverse=first.inverse,
     )
 
+# %% ../../nbs/04_influence/06b_used_solves.ipynb #fd173d53
+def _warned(solution):
+    "The solution of a warm start, with a warning and a note"
+    said = f'a warm start ended at a relative residual of {solution.residual:.2g}'
+    warnings.warn(
+        f'solver: {said}; give a solver of more steps or more damping, such as CG(max_iter=50)', stacklevel=4
+    )
+    return replace(solution, note=f'{solution.note}; {said}' if solution.note else said)
+
 # %% ../../nbs/04_influence/06b_used_solves.ipynb #16c3b4a7
 def used_solution(
     solver,  # any of `kd_aif.influence.solvers`
@@ -53,6 +63,8 @@ def used_solution(
     solution = solver.solve(operator, b) if x0 is None else solver.solve(operator, b, x0)
     if is_usable(solver, solution):
         return solution
+    if not chosen and x0 is not None:
+        return _warned(solution)
     if not chosen:
         solution = _gone_on(operator, b, solution)
         if is_usable(CG(), solution):

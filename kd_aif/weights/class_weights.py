@@ -22,6 +22,7 @@ from ..foundation.core import check_fraction, check_positive, evaluating, genera
 from ..foundation.losses import batch_cross_entropy
 from ..foundation.reprs import ShortRepr
 from ..foundation.splits import stratified_folds
+from ..influence.used_solves import used_solution
 from kd_aif.influence.last_layer import (
     last_layer_solver,
     last_layer_view,
@@ -73,8 +74,8 @@ def class_influence(
         ours = _class_gradients(train.select(train_half == k), w[train_half == k])
         gradients.append(shares.mix(ours, val.select(val_half == k).gradient_by_class()))
         gaps.append(aim.select(val_half == k).gradient() - gradients[k] @ total.to(gradients[k]))
-    solver = solver or last_layer_solver(train)
-    s = solver.solve(LastLayerGaussNewton(train), torch.stack(gaps, 1)).x
+    chosen, solver = solver is not None, solver or last_layer_solver(train)
+    s = used_solution(solver, LastLayerGaussNewton(train), torch.stack(gaps, 1), chosen=chosen).x
     return torch.stack([s[:, k] @ gradients[1 - k] for k in (0, 1)]).cpu()
 
 # %% ../../nbs/05_weights/05_class_weights.ipynb #641159c0
