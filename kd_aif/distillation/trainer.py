@@ -24,6 +24,7 @@ from .forward_passes import teacher_forward, training_forwards
 from .moving_average import MovingAverage
 from .objective import Objective
 from ..foundation.batches import batch_size, model_device, set_epoch
+from ..foundation.checks import check_autocast, check_function, check_seed, check_switch
 from ..foundation.core import bar_options, check_positive, check_whole, set_random_state
 from ..foundation.losses import weighted_mean
 from ..foundation.reprs import ShortRepr
@@ -138,6 +139,21 @@ def one_cycle(
         optimizer, lr, total_steps=max(2, steps), pct_start=warmup, cycle_momentum=momentum
     )
 
+# %% ../../nbs/06_distillation/04_trainer.ipynb #1b5abe66
+def _check_training(training):
+    "Functions, switches, precision and seed; raises `TypeError`"
+    check_function('make_optimizer', training.make_optimizer, 'make_optimizer(parameters, lr) -> optimizer')
+    check_function(
+        'make_schedule', training.make_schedule, 'make_schedule(optimizer, lr, updates) -> schedule'
+    )
+    check_function('compile', training.compile, 'such as torch.compile', or_none=True)
+    check_switch('include_validation', training.include_validation)
+    check_switch('progress', training.progress)
+    check_switch('cache_teacher', training.cache_teacher, 'where nothing is augmented')
+    check_switch('capture', training.capture, 'where it is possible')
+    check_autocast(training.autocast)
+    check_seed(training.seed)
+
 # %% ../../nbs/06_distillation/04_trainer.ipynb #95822e26
 @dataclass(frozen=True, eq=False, repr=False)
 class Training(ShortRepr):
@@ -160,10 +176,7 @@ class Training(ShortRepr):
         check_positive('lr', self.lr)
         check_whole('epochs', self.epochs)
         object.__setattr__(self, 'checkpoint', as_checkpoint(self.checkpoint))
-        if self.capture not in (None, True, False):
-            raise ValueError(
-                f"capture is {self.capture!r}; use True, False, or None for where it is possible"
-            )
+        _check_training(self)
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #f8374c0b
 @dataclass(frozen=True, eq=False, repr=False)

@@ -34,7 +34,7 @@ def check_number(
         limits += f'{" and" if math.isfinite(least) else ""} at most {most:g}'
     raise ValueError(f'{name} is {value!r}: {remedy or f"give a finite number{limits}"}')
 
-# %% ../../nbs/01_foundation/01b_checks.ipynb #9d86ce00
+# %% ../../nbs/01_foundation/01b_checks.ipynb #4346ee6a
 def check_count(
     name: str,  # the argument as the caller wrote it
     value: int | None,  # its value; None means all
@@ -44,7 +44,7 @@ def check_count(
     "Make sure that an argument is None or a whole number of at least `least`; else ValueError."
     return value if value is None else check_whole(name, value, least, remedy=_count_remedy(least, what))
 
-
+# %% ../../nbs/01_foundation/01b_checks.ipynb #c2773c90
 def _count_remedy(least, what):
     return f'give a whole number from {least}, or None for {what}'
 
@@ -94,7 +94,7 @@ def check_function(
         return value
     raise TypeError(f'{name} is {_shown(value)}; give a function {signature}{", or None" if or_none else ""}')
 
-
+# %% ../../nbs/01_foundation/01b_checks.ipynb #fff4d15d
 def _shown(value):
     "A value in a message: short ones themselves, of others the type"
     short = isinstance(value, (str, bool, int, float, type(None))) and len(repr(value)) < 40

@@ -16,6 +16,7 @@ from torch import nn, Tensor
 from torch.func import grad
 from tqdm import tqdm
 
+# %% ../../nbs/04_influence/08_last_layer.ipynb #8ae04bb4
 from ..foundation.batches import batch_rows, check_order, find_positions, sample_mask, to_device
 from ..foundation.core import bar_options, generator
 from ..foundation.reprs import ShortRepr
@@ -25,7 +26,7 @@ from kd_aif.influence.call_checks import (
     check_loss,
     check_losses,
     check_rows,
-    CheckedBatches,
+    as_checked,
     read_outputs,
 )
 from .curvature import FlatModel
@@ -182,13 +183,15 @@ def _hessian_mask(name, batches, max_hessians, n_samples):
         n_samples = sum(_rows(name, batch) for batch in batches)
     return sample_mask(n_samples, max_hessians)
 
-
+# %% ../../nbs/04_influence/08_last_layer.ipynb #f6b80513
 def _rows(name, batch):
     check_rows(name, batch)
     return len(batch['index'])
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #2126ad9a
-def _check_count(n_samples, n):
+def _check_count(name, n_samples, n):
+    if not n:
+        raise ValueError(f'{name}: no sample; give at least one batch, in a list or another re-iterable')
     if n_samples not in (None, n):
         raise ValueError(f"n_samples is {n_samples}, but the batches hold {n}; give their number, or None")
 
@@ -220,7 +223,7 @@ def _classifier(model, batch, forward):
     read = lambda model, batch: read_outputs('model', model, batch, forward or default_forward)
     return last_linear(model, batch_rows(batch, slice(2)), read)[1]
 
-
+# %% ../../nbs/04_influence/08_last_layer.ipynb #2cc03833
 def _check_first(name, loss, logits, batch):
     "Number of classes; raises `ValueError` for labels and losses that do not fit"
     check_class_labels(name, batch, logits.shape[1])
@@ -240,20 +243,17 @@ def last_layer_view(
 ) -> LastLayerView:  # on the CPU or the model's device
     "One forward pass that keeps features, logits and the loss's derivatives at the logits"
     device, layer, parts, n = next(model.parameters()).device, None, [], 0
-    batches = batches if isinstance(batches, CheckedBatches) else CheckedBatches(name, batches)
+    batches = as_checked(name, batches)
     chosen = _hessian_mask(name, batches.batches, max_hessians, n_samples)
     with measuring(model), torch.no_grad():
         for batch in tqdm(batches, desc='last layer', leave=False, **bar_options(progress)):
             batch = to_device(batch, device)
             layer = layer or _classifier(model, batch, forward)
             h, z = _layer_input(*features_and_logits(model, batch, forward), layer)
-            if not parts:
-                batches.n_classes = _check_first(name, loss, z, batch)
+            batches.n_classes = z.shape[1] if parts else _check_first(name, loss, z, batch)
             parts.append((h, z, *_derivatives(loss, z, batch, chosen, n)))
             n += len(batch['index'])
-    if not parts:
-        raise ValueError(f"{name}: no sample; give at least one batch, in a list or another re-iterable")
-    _check_count(n_samples, n)
+    _check_count(name, n_samples, n)
     return _finite(LastLayerView(*(torch.cat(p) for p in zip(*parts))), name)
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #56fc2081

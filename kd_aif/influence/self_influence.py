@@ -104,7 +104,7 @@ def _inverse_residual(solver, operator, lam, apply, g):
         return float('nan')
     return float(relative_residuals(damped_product(operator, lam, apply(B)) - B, B).max())
 
-
+# %% ../../nbs/04_influence/09b_self_influence.ipynb #bffbc623
 def _check_residual(solver, residual, lam):
     if residual > LARGEST_RESIDUAL and not solver.approximates:
         raise ValueError(

@@ -22,12 +22,12 @@ from ..foundation.core import check_whole
 # %% ../../nbs/04_influence/04b_solver_settings.ipynb #6fffa645
 LEAST_DAMPING, LARGEST_DAMPING = 1e-20, 1e20
 
-
+# %% ../../nbs/04_influence/04b_solver_settings.ipynb #0f8ec9a9
 def check_damping(
     damping: float | str,  # λ, or 'auto'
     name: str = 'damping',  # the argument as the caller wrote it
 ) -> float | str:  # `damping` itself
-    "Make sure that a damping is 'auto' or a number above 0 that neither vanishes nor swallows everything; else ValueError."
+    "Make sure that a damping is 'auto' or a number above 0 that is neither tiny nor huge; else ValueError."
     if isinstance(damping, str) and damping == 'auto':
         return damping
     number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
@@ -39,7 +39,7 @@ def check_damping(
 # %% ../../nbs/04_influence/04b_solver_settings.ipynb #c532b8cd
 LARGEST_RESIDUAL = 0.5  # of an answer that may be used
 
-
+# %% ../../nbs/04_influence/04b_solver_settings.ipynb #0eaf5440
 def check_tolerance(
     tol: float,  # relative residual at which an iteration stops
     name: str = 'tol',  # the argument as the caller wrote it
@@ -56,7 +56,7 @@ def _check_preconditioner(name, value):
     if value is not None and not hasattr(value, 'inverse') and not callable(value):
         raise TypeError(f'{name} is a {type(value).__name__}; {remedy}')
 
-
+# %% ../../nbs/04_influence/04b_solver_settings.ipynb #c63692ee
 def _check_scale(name, value):
     remedy = "give a number above half of the largest eigenvalue of G + λI, or 'auto'"
     if isinstance(value, str) and value != 'auto':

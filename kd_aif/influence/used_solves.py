@@ -27,7 +27,7 @@ def is_usable(
 # %% ../../nbs/04_influence/06b_used_solves.ipynb #b0b7380b
 MOST_STEPS = 300  # of conjugate gradients, where a default solver did not arrive
 
-
+# %% ../../nbs/04_influence/06b_used_solves.ipynb #87fcc470
 def _gone_on(operator, b, first):
     "A solution after more steps"
     further = CG(first.damping, MOST_STEPS, 0.25, None, preconditioner=first.inverse)
@@ -51,6 +51,15 @@ def _warned(solution):
     )
     return replace(solution, note=f'{solution.note}; {said}' if solution.note else said)
 
+# %% ../../nbs/04_influence/06b_used_solves.ipynb #89b11c3d
+def _too_far(solver, solution, chosen):
+    "The error for an answer that is none"
+    remedy = _more_steps(solver) if chosen else ', or give a solver'
+    return ValueError(
+        f'solver: {solver} ended at a relative residual of {solution.residual:.2g} after {solution.matvecs} products '
+        f'at damping={solution.damping:.1e}; above {LARGEST_RESIDUAL} it is no answer: increase damping{remedy}'
+    )
+
 # %% ../../nbs/04_influence/06b_used_solves.ipynb #16c3b4a7
 def used_solution(
     solver,  # any of `kd_aif.influence.solvers`
@@ -69,13 +78,9 @@ def used_solution(
         solution = _gone_on(operator, b, solution)
         if is_usable(CG(), solution):
             return solution
-    raise ValueError(
-        f'solver: {solver} ended at a relative residual of {solution.residual:.2g} after {solution.matvecs} products '
-        f'at damping={solution.damping:.1e}; above {LARGEST_RESIDUAL} it is no answer: increase damping'
-        f'{_more_steps(solver) if chosen else ", or give a solver"}'
-    )
+    raise _too_far(solver, solution, chosen)
 
-
+# %% ../../nbs/04_influence/06b_used_solves.ipynb #55f92499
 def _more_steps(solver):
     names = [name for name in ('max_iter', 'depth') if hasattr(solver, name)]
     return f' or {names[0]}, or leave solver=None' if names else ', or leave solver=None'
