@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..foundation.checks import check_choice, check_function, check_instance
 from ..foundation.core import check_fraction, check_positive
+from ..foundation.splits import check_groups
 
 # %% ../../nbs/05_weights/01_transforms.ipynb #892bc688
 def _check_scores(scores, name='scores', dims=(1,)):
@@ -38,7 +39,8 @@ def mean_one_within_class(
 ) -> Tensor:  # (n,) mean 1, within every class when labels are given
     "Scale weights to mean one, over all samples or within each class; a class of zero weights gets ones"
     weights = weights.cpu()
-    groups = torch.zeros(len(weights), dtype=torch.long) if labels is None else labels.cpu()
+    zeros = torch.zeros(len(weights), dtype=torch.long)
+    groups = zeros if labels is None else check_groups('labels', labels.cpu(), len(labels))
     sums = torch.zeros(int(groups.max()) + 1, dtype=weights.dtype).index_add_(0, groups, weights)
     mean = (sums / torch.bincount(groups, minlength=len(sums)).clamp_min(1))[groups]
     return torch.where(mean > 0, weights / mean.clamp_min(torch.finfo(weights.dtype).tiny), 1.0)

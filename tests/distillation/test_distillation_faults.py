@@ -20,9 +20,10 @@ from kd_aif.few_labels.trainer import train_ssl
 from kd_aif.foundation.core import generator
 from kd_aif.foundation.losses import batch_cross_entropy
 from kd_aif.influence.iterative_solvers import CG
+from kd_aif.weights.calibration import calibrated_weights
 from kd_aif.weights.class_weights import ClassWeighting
 from kd_aif.weights.sample_weights import SampleWeights
-from kd_aif.weights.transforms import EMA, Multiplicative, weights_from_influence
+from kd_aif.weights.transforms import EMA, Multiplicative, mean_one_within_class, weights_from_influence
 
 C, N, M = 3, 24, 12
 INF, NAN = math.inf, math.nan
@@ -395,3 +396,13 @@ def test_right_settings_pass_and_a_callback_keeps_what_is_its_own():
         and math.isfinite(found.metrics['val_loss'])
         and math.isfinite(plain.metrics['val_loss'])
     )
+
+
+@pytest.mark.parametrize('labels', [[0, 1, 10**9], [0, 1, -100]])
+def test_labels_that_are_no_classes_take_no_memory(labels):
+    wrong, right = torch.tensor(labels), torch.tensor([0, 1, 2])
+    for first, second in ((wrong, right), (right, wrong)):
+        with pytest.raises(ValueError, match='labels are from .*give classes from 0, below 1,000,000'):
+            calibrated_weights(torch.rand(3), torch.rand(3), first, second)
+    with pytest.raises(ValueError, match='labels are from .*give classes from 0, below 1,000,000'):
+        mean_one_within_class(torch.ones(3), wrong)
