@@ -119,6 +119,7 @@ def check_loss(
     logits: Tensor,  # (b, C)
     batch: dict,  # one batch, on the device of the logits
     name: str = 'loss',  # how the loss is called in messages
+    own: bool = True,  # the loss of a sample is its own; False: it may look at the whole batch
 ) -> Tensor:  # (b,) the losses
     "Make sure that losses are finite, one for each sample and its own; else TypeError or ValueError."
     try:
@@ -129,7 +130,8 @@ def check_loss(
             f'{_first_line(error)}; give loss(logits, batch) -> (b,) that fits the labels'
         ) from error
     _check_finite(check_losses(losses, len(logits), name), batch, name)
-    _check_own(loss, logits, batch, losses, name)
+    if own:
+        _check_own(loss, logits, batch, losses, name)
     return losses
 
 # %% ../../nbs/04_influence/02c_call_checks.ipynb #b308e530
