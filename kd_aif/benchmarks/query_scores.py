@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from .bench import STARTS
 from .influence_tasks import code_hash, RefitTask, settings_hash
 from .kronecker_libraries import kronfluence_scores
-from .rows import recorded_settings, ROWS
+from .rows import settings_of, ROWS
 from ..data.loaders import ImageBatches
 from ..experiments.storage import TRAINING_CODE
 from ..foundation.batches import sample_batches
@@ -109,8 +109,8 @@ LDS_ROWS = {
 
 # %% ../../nbs/11_benchmarks/09_query_scores.ipynb #09-bench-023
 _LDS_SETTINGS = dict(
-    CG=recorded_settings(CG('λ')),
-    exact=recorded_settings(Woodbury('λ', None, None)),
+    CG=settings_of(CG),
+    exact=settings_of(lambda lam: Woodbury(lam, None, None)),
     kronfluence_ekfac="its own damping where λ is 'auto'",
 )
 

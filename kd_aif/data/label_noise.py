@@ -12,6 +12,7 @@ from numbers import Integral
 import torch
 
 from .images import content_hash, ImageData
+from ..foundation.checks import check_number, check_switch
 from ..foundation.core import check_fraction, generator
 
 # %% ../../nbs/02_data/03_label_noise.ipynb #f18c9189
@@ -152,8 +153,7 @@ def long_tail(
 
     At least 1 and at most all it has. Raises ValueError unless ρ ≥ 1.
     """
-    if not 1 <= imbalance < float('inf'):
-        raise ValueError(f"imbalance={imbalance!r}: give a number of at least 1 (1 leaves the shares alone)")
+    check_number('imbalance', imbalance, 1, remedy='give a number of at least 1 (1 leaves the shares alone)')
     _check_classes(data)
     y, C = data.y.cpu(), data.n_classes
     largest = int(torch.bincount(y).max())
@@ -190,6 +190,7 @@ def corrupt(
         raise TypeError(f"data is a {type(data).__name__}; pixels are changed here, give an ImageData")
     for name, value in dict(share=share, brightness=brightness, contrast=contrast).items():
         check_fraction(name, value)
+    check_switch('blur', blur)
     order = torch.randperm(len(data), generator=generator(seed, 'pixel shift'))
     chosen = order[: round(share * len(data))].sort().values
     x, device = data.x.clone(), data.x.device

@@ -107,16 +107,21 @@ def _note_tokens(tokens, batch):
             largest, longest = tokens.get(prefix, (0, 0))
             tokens[prefix] = max(largest, int(ids.max())), max(longest, ids.shape[1])
 
+# %% ../../nbs/02_data/08_training_set.ipynb #d25eb986
+def _check_iterable(name, batches):
+    remedy = 'a list, a DataLoader or another re-iterable'
+    if isinstance(batches, (str, bytes)) or not hasattr(batches, '__iter__'):
+        raise TypeError(f'{name} is a {type(batches).__name__}; give batches: {remedy}')
+    if isinstance(batches, Iterator):
+        raise TypeError(f'{name} is a generator, which can be read only once; give {remedy}')
+
 # %% ../../nbs/02_data/08_training_set.ipynb #09263b7c
 def read_samples(
     name: str,  # how the argument is called in messages
     batches: Iterable[dict],  # re-iterable batches, each with 'index' (b,) and 'y' (b,)
 ) -> Samples:  # in the order of the batches
     "Read every batch once; raises `ValueError` or `TypeError` for an empty set and for bad batches, see `check_batch`"
-    if isinstance(batches, Iterator):
-        raise TypeError(
-            f"{name} is a generator, which can be read only once; give a list, a DataLoader or another re-iterable"
-        )
+    _check_iterable(name, batches)
     index, y, held_out, first, tokens = [], [], [], None, {}
     for batch in batches:
         check_batch(name, batch)

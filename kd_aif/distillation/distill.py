@@ -18,6 +18,7 @@ from kd_aif.distillation.checks import (
     check_networks,
     check_settings,
     check_trainable,
+    check_two_networks,
     count_classes,
 )
 from .objective import Objective
@@ -145,6 +146,7 @@ def open_session(
     config: dict,  # mechanism, schedule, weighting, objective, training
 ) -> Session:  # ready to run
     "`Session` of checked settings, networks and data"
+    check_two_networks(student, teacher)
     check_settings(teacher, **config)
     config = _with_weighting(config)
     weighting, objective, training = config['weighting'], config['objective'], config['training']

@@ -6,7 +6,6 @@
 __all__ = ['default_outputs', 'AuxiliaryLoss', 'Objective', 'regression_objective', 'bootstrapping_loss', 'autocast_forward']
 
 # %% ../../nbs/06_distillation/02_objective.ipynb #8df97856
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..foundation.batches import model_device
+from ..foundation.checks import check_function, check_number
 from ..foundation.core import check_fraction, check_positive, is_static, static
 from kd_aif.foundation.losses import (
     batch_cross_entropy,
@@ -23,6 +23,7 @@ from kd_aif.foundation.losses import (
     squared_error,
 )
 from ..foundation.reprs import ShortRepr
+from ..influence.call_checks import check_loss_function
 from ..models.features import default_forward, feature_maps
 
 # %% ../../nbs/06_distillation/02_objective.ipynb #bd28daa7
@@ -47,9 +48,10 @@ class AuxiliaryLoss(ShortRepr):
     static: bool | None = None  # pure functions of tensors, see `static`; None: if loss and outputs say so
 
     def __post_init__(self):
+        check_function('loss', self.loss, 'loss(student_outputs, teacher_outputs, batch) -> (b,)')
+        check_function('outputs', self.outputs, 'outputs(model, batch) -> list of tensors')
         check_positive('weight', self.weight)
-        if not 0 <= self.base_weight < math.inf:
-            raise ValueError(f"base_weight is {self.base_weight!r}; give a finite number of 0 or more")
+        check_number('base_weight', self.base_weight, 0)
         if self.static is None:
             object.__setattr__(self, 'static', is_static(self.loss) and is_static(self.outputs))
 
@@ -69,6 +71,11 @@ class Objective(ShortRepr):
     def __post_init__(self):
         check_fraction('alpha', self.alpha)
         check_positive('T', self.T)
+        check_loss_function('label_loss', self.label_loss, 'label_loss(logits, batch) -> (b,)')
+        check_loss_function(
+            'teacher_loss', self.teacher_loss, 'teacher_loss(student_logits, teacher_logits, T) -> (b,)'
+        )
+        check_function('forward', self.forward, 'forward(model, batch) -> logits (b, C)')
         if self.auxiliary is not None and not isinstance(self.auxiliary, AuxiliaryLoss):
             raise TypeError(
                 f"auxiliary is a {type(self.auxiliary).__name__}; give AuxiliaryLoss(loss, weight), "

@@ -9,15 +9,18 @@ __all__ = ['out_of_fold_weights']
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 
+from ..foundation.checks import check_function, check_network, check_seed, check_switch
+from ..foundation.core import check_whole
+from ..influence.call_checks import check_scored
 from ..data.mixed_batches import SubsetBatches
 from ..data.training_set import read_samples
 from .scoring import in_order
 from ..foundation.batches import eval_view
 from ..foundation.losses import batch_cross_entropy
 from ..foundation.splits import stratified_folds
-from ..influence.cross_scores import cross_scores, Scoring
+from ..influence.cross_scores import check_score, cross_scores, Scoring
 from ..models.features import default_forward
 from ..weights.calibration import CalibratedWeights, effective_count, weights_from_intervals
 from ..weights.conformal import intervals_of_folds
@@ -25,9 +28,22 @@ from ..weights.conformal import intervals_of_folds
 # %% ../../nbs/06_distillation/12_out_of_fold.ipynb #155b68fc
 def _score_fold(fit, train, val, index, part, k, options):
     "Scores of part k of the training samples, in the order of `index`, by a model that has not seen them"
-    model = fit(SubsetBatches(train, index[part != k]))
+    model = check_network('fit', fit(SubsetBatches(train, index[part != k])))
     held_out = SubsetBatches(eval_view(train), index[part == k])
     return in_order(cross_scores(model, train=held_out, val=eval_view(val), **options), index[part == k])
+
+# %% ../../nbs/06_distillation/12_out_of_fold.ipynb #0038244e
+def _check_arguments(fit, folds, loss, score, forward, seed, progress):
+    "Raise `TypeError` or `ValueError` for what does not fit"
+    remedy = 'fit(batches) -> a model trained on these batches'
+    if isinstance(fit, nn.Module):
+        raise TypeError(f'fit is a {type(fit).__name__}, a network; give a function {remedy}')
+    check_function('fit', fit, remedy)
+    check_whole('folds', folds, 2)
+    check_scored(loss, forward=forward)
+    check_score(score)
+    check_seed(seed)
+    check_switch('progress', progress)
 
 # %% ../../nbs/06_distillation/12_out_of_fold.ipynb #02b45e07
 def out_of_fold_weights(
@@ -42,10 +58,10 @@ def out_of_fold_weights(
     progress: bool = True,  # show bars
 ) -> tuple[CalibratedWeights, Tensor]:  # .values (n,), and (n,) the stable index of each
     "Calibrated weights by models that have seen neither the samples nor the validation set; raises as `cross_scores`"
-    samples = read_samples('train', eval_view(train))
+    _check_arguments(fit, folds, loss, score, forward, seed, progress)
+    samples, _ = (read_samples(name, eval_view(b)) for name, b in (('train', train), ('val', val)))
     part, intervals, order = stratified_folds(samples.y, folds, seed), [], []
-    scoring = Scoring(forward=forward, progress=progress)
-    options = dict(loss=loss, score=score, seed=seed, scoring=scoring)
+    options = dict(loss=loss, score=score, seed=seed, scoring=Scoring(forward=forward, progress=progress))
     for k in range(folds):
         s = _score_fold(fit, train, val, samples.index, part, k, options)
         low, high, test = intervals_of_folds(s.values, s.reference, s.labels, s.reference_labels)

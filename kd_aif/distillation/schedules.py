@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastcore.basics import patch
+from torch import nn
 
+from ..foundation.checks import check_function, check_switch
 from ..foundation.core import check_whole
 from ..foundation.reprs import ShortRepr
 
@@ -29,11 +31,15 @@ class OneShot(ShortRepr):
     def __post_init__(self):
         check_whole('after', self.after, 0)
         check_whole('generations', self.generations)
-        if self.make_teacher is not None and not callable(self.make_teacher):
+        if isinstance(self.make_teacher, nn.Module):
             kind = type(self.make_teacher).__name__
             raise TypeError(
-                f"make_teacher is a {kind}; give a function without arguments that returns a new network"
+                f"make_teacher is a {kind}, a network; give a function without arguments that returns a new network, "
+                f"such as lambda: build_model('resnet20', 10)"
             )
+        check_function(
+            'make_teacher', self.make_teacher, 'without arguments that returns a new network', True
+        )
         if self.generations > 1 and self.make_teacher is None:
             raise ValueError(
                 f"generations is {self.generations}: each generation trains a fresh teacher; "
@@ -61,6 +67,7 @@ class Every(ShortRepr):
     def __post_init__(self):
         check_whole('k', self.k)
         check_whole('start', self.start, 0)
+        check_switch('teacher_first', self.teacher_first)
 
     def due(
         self,

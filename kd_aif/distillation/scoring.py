@@ -22,6 +22,7 @@ from ..foundation.reprs import ShortRepr
 from ..influence.cross_scores import cross_scores, CrossScores, last_layer_views, Scoring
 from ..influence.iterative_solvers import CG
 from ..influence.last_layer import last_layer_curvature, last_layer_solver, last_layer_view
+from ..influence.used_solves import used_solution
 from ..influence.scores import all_layer_scores, AllLayerOptions, influence_scores, InfluenceScores
 from ..models.features import last_linear
 from ..weights.sample_weights import WeightTable
@@ -177,4 +178,5 @@ def last_layer_direction(
         q.model, q.loss, list(sample_batches(q.train, 1024)), q.forward, 1024, progress=False
     )
     gradient = last_layer_view(q.model, q.aim, q.val, q.forward, progress=False).gradient()
-    return (solver or last_layer_solver(curvature)).solve(last_layer_curvature(curvature), gradient).x
+    operator, chosen = last_layer_curvature(curvature), solver is not None
+    return used_solution(solver or last_layer_solver(curvature), operator, gradient, chosen=chosen).x

@@ -95,6 +95,8 @@ def replace_teacher(
             raise TypeError(
                 f"make_teacher gives a {type(made).__name__}; give a function that returns a new network"
             )
+        if made is self.student:
+            raise ValueError("make_teacher: gave the student; make a new network in every call")
         self.teacher = made.to(model_device(self.student))
     check_trainable('teacher', self.teacher)
     check_teacher(self.teacher, self.student, self.data.samples.first, self.objective.forward)

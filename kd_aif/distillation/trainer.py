@@ -24,6 +24,7 @@ from .forward_passes import teacher_forward, training_forwards
 from .moving_average import MovingAverage
 from .objective import Objective
 from ..foundation.batches import batch_size, model_device, set_epoch
+from ..foundation.checks import check_autocast, check_function, check_seed, check_switch
 from ..foundation.core import bar_options, check_positive, check_whole, set_random_state
 from ..foundation.losses import weighted_mean
 from ..foundation.reprs import ShortRepr
@@ -138,16 +139,24 @@ def one_cycle(
         optimizer, lr, total_steps=max(2, steps), pct_start=warmup, cycle_momentum=momentum
     )
 
-# %% ../../nbs/06_distillation/04_trainer.ipynb #95822e26
-def _check_training(t):
-    "Settings in range; a path becomes a `Checkpoint`"
-    check_positive('lr', t.lr)
-    check_whole('epochs', t.epochs)
-    object.__setattr__(t, 'checkpoint', as_checkpoint(t.checkpoint))
-    if t.capture not in (None, True, False):
-        raise ValueError(f"capture is {t.capture!r}; use True, False, or None for where it is possible")
-    if t.watch is not None and not callable(t.watch):
-        raise TypeError(f"watch is a {type(t.watch).__name__}; give a function watch(line), or None")
+# %% ../../nbs/06_distillation/04_trainer.ipynb #1b5abe66
+def _check_training(training):
+    "Numbers, functions, switches, precision and seed; a path becomes a `Checkpoint`"
+    check_positive('lr', training.lr)
+    check_whole('epochs', training.epochs)
+    object.__setattr__(training, 'checkpoint', as_checkpoint(training.checkpoint))
+    check_function('make_optimizer', training.make_optimizer, 'make_optimizer(parameters, lr) -> optimizer')
+    check_function(
+        'make_schedule', training.make_schedule, 'make_schedule(optimizer, lr, updates) -> schedule'
+    )
+    check_function('compile', training.compile, 'such as torch.compile', or_none=True)
+    check_function('watch', training.watch, 'watch(line of the history)', or_none=True)
+    check_switch('include_validation', training.include_validation)
+    check_switch('progress', training.progress)
+    check_switch('cache_teacher', training.cache_teacher, 'where nothing is augmented')
+    check_switch('capture', training.capture, 'where it is possible')
+    check_autocast(training.autocast)
+    check_seed(training.seed)
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #9be24016
 @dataclass(frozen=True, eq=False, repr=False)

@@ -16,12 +16,30 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from ..data.training_set import read_samples, TrainingSet
 from ..foundation.batches import find_positions
+from ..foundation.checks import check_function, check_instance, check_switch
 from ..foundation.core import check_whole
 from ..foundation.reprs import ShortRepr
 from ..influence.cross_scores import SCORES
 from ..influence.last_layer import LAST_LAYER
 from ..weights.class_weights import ClassWeighting
-from ..weights.transforms import Replace, weights_from_influence
+from ..influence.solver_settings import check_solver
+from ..weights.transforms import check_transform, check_update, Replace
+
+# %% ../../nbs/06_distillation/05_weighting.ipynb #0130027a
+def _check_classes(classes, also):
+    "Class weighting, or one of some other values; raises `TypeError`"
+    if classes is None or (isinstance(classes, str) and classes in also):
+        return
+    choices = ' or '.join(map(repr, also))
+    check_instance('class_weighting', classes, ClassWeighting, f'give ClassWeighting(...), or {choices}')
+
+# %% ../../nbs/06_distillation/05_weighting.ipynb #b55771ad
+def _check_scoring(weighting, also):
+    "Solver, layers, update and class weighting; raises `TypeError`"
+    check_solver(weighting.solver)
+    check_switch('last_layer', weighting.last_layer)
+    check_update(weighting.update)
+    _check_classes(weighting.class_weighting, also)
 
 # %% ../../nbs/06_distillation/05_weighting.ipynb #e92c7141
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,9 +55,11 @@ class Influence(ShortRepr):
     class_weighting: ClassWeighting | str | None = 'auto'  # None: no class weights
 
     def __post_init__(self):
-        if self.score not in SCORES:
+        if not isinstance(self.score, tuple) or self.score not in SCORES:
             raise ValueError(f"score is {self.score!r}; use one of {', '.join(map(str, SCORES))}")
         check_whole('folds', self.folds, 2)
+        check_switch('pooled_reference', self.pooled_reference)
+        _check_scoring(self, also=('auto', None))
 
 # %% ../../nbs/06_distillation/05_weighting.ipynb #8678f6bc
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,7 +77,8 @@ class Published(ShortRepr):
     def __post_init__(self):
         if self.score not in ('mean', 'posterior'):
             raise ValueError(f"score is {self.score!r}; with Published use 'mean' (published) or 'posterior'")
-        weights_from_influence(torch.zeros(1), self.transform, self.beta)
+        check_transform(self.transform, self.beta)
+        _check_scoring(self, also=(None,))
 
 # %% ../../nbs/06_distillation/05_weighting.ipynb #0fcd6203
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,6 +90,7 @@ class Fixed(ShortRepr):
     class_weighting: ClassWeighting | None = None  # None: no class weights
 
     def __post_init__(self):
+        _check_classes(self.class_weighting, also=(None,))
         object.__setattr__(self, 'values', _vector('weights', self.values).float())
         if not torch.isfinite(self.values).all() or (self.values < 0).any() or not self.values.sum() > 0:
             raise ValueError(
@@ -101,11 +123,10 @@ class Reweighting(ShortRepr):
     callback: Callable  # callback(step: Step) -> (b,)
 
     def __post_init__(self):
-        if not callable(self.callback):
-            kind = type(self.callback).__name__
-            raise TypeError(
-                f"callback is a {kind}; give a function callback(step) -> (b,), or Fixed(weights)"
-            )
+        remedy = 'callback(step) -> (b,), or Fixed(weights)'
+        if isinstance(self.callback, type):
+            check_instance('callback', self.callback, (), f'give a function {remedy}')
+        check_function('callback', self.callback, remedy)
 
 # %% ../../nbs/06_distillation/05_weighting.ipynb #bf227e04
 Weighting = Influence | Published | Fixed | Reweighting

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
+from ..foundation.checks import check_number
 from .batches import GroundTruth, UnlabelledImages
 from ..foundation.core import check_fraction, check_positive
 from ..foundation.losses import weighted_mean
@@ -176,8 +177,7 @@ def _check_algorithm(algorithm):
     for name in ('threshold', 'ramp', 'smoothing'):
         if hasattr(algorithm, name):
             check_fraction(name, getattr(algorithm, name))
-    if not 0 <= algorithm.weight < math.inf:
-        raise ValueError(f"weight is {algorithm.weight!r}; give a number of 0 or more")
+    check_number('weight', algorithm.weight, 0)
 
 # %% ../../nbs/08_few_labels/02_algorithms.ipynb #e81d0d34
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from kd_aif.few_labels.algorithms import (
     StepOutput,
 )
 from .batches import UnlabelledImages
-from ..foundation.core import check_positive, check_whole
+from ..foundation.core import check_fraction, check_positive, check_whole
 from ..foundation.losses import kd_loss
 
 # %% ../../nbs/08_few_labels/06_consistency.ipynb #1b8c6364
@@ -170,8 +170,9 @@ class TemporalEnsembling(Algorithm):
 
     def __post_init__(self):
         _check_algorithm(self)
-        if not 0 <= self.alpha < 1:
-            raise ValueError(f"alpha is {self.alpha!r}; give a number from 0, below 1")
+        check_fraction('alpha', self.alpha)
+        if self.alpha == 1:
+            raise ValueError('alpha is 1: give a number from 0, below 1')
 
     def __call__(self, step: SSLStep) -> StepOutput:  # the mask is where there is a target
         "The losses of a step"

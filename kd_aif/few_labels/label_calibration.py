@@ -16,6 +16,8 @@ from torch import nn, Tensor
 from ..foundation.losses import batch_cross_entropy
 from ..foundation.reprs import ShortRepr
 from ..foundation.splits import stratified_folds
+from ..influence.call_checks import CheckedBatches
+from ..influence.used_solves import used_solution
 from kd_aif.influence.last_layer import (
     last_layer_curvature,
     last_layer_solver,
@@ -122,10 +124,16 @@ def calibrate(
     seed: int = 0,  # of the two folds
 ) -> Calibration:  # of this network
     "What probabilities and influence scores are worth; raises `ValueError` for fewer than two held-out images"
-    v = last_layer_view(network, batch_cross_entropy, held_out, forward, progress=False)
+    v = last_layer_view(
+        network,
+        batch_cross_entropy,
+        CheckedBatches('labelled', held_out, different=False),
+        forward,
+        progress=False,
+    )
     fold = stratified_folds(held_out[0]['y'], 2, seed).repeat(len(held_out)).to(v.y.device)
     gradients = torch.stack([v.select(fold != k).gradient() for k in (0, 1)], 1)
-    found = last_layer_solver(others).solve(last_layer_curvature(others), gradients)
+    found = used_solution(last_layer_solver(others), last_layer_curvature(others), gradients, chosen=False)
     S = found.x.T.reshape(2, v.logits.shape[1], -1)
     log_p = v.logits.log_softmax(1)
     both = [label_influence(v.features, log_p.exp(), s) for s in S]

@@ -6,7 +6,6 @@
 __all__ = ['gradient_distance', 'ImputedLabels', 'LGA']
 
 # %% ../../nbs/08_few_labels/07_learned_labels.ipynb #19b51c25
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
+from ..foundation.checks import check_number
 from kd_aif.few_labels.algorithms import (
     _check_algorithm,
     _cross_entropy,
@@ -93,8 +93,7 @@ class LGA(Algorithm):
 
     def __post_init__(self):
         _check_algorithm(self)
-        if not 0 <= self.rate < math.inf:
-            raise ValueError(f"rate is {self.rate!r}; give a number of 0 or more")
+        check_number('rate', self.rate, 0)
 
 # %% ../../nbs/08_few_labels/07_learned_labels.ipynb #974fa40f
 @patch

@@ -7,7 +7,6 @@ __all__ = ['ALGORITHMS', 'labelled_losses', 'Teacher', 'MetaPseudoLabels', 'feed
 
 # %% ../../nbs/08_few_labels/08_meta_pseudo_labels.ipynb #4210156f
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -17,6 +16,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 # %% ../../nbs/08_few_labels/08_meta_pseudo_labels.ipynb #c39c4fd7
+from ..foundation.checks import check_number
 from .algorithms import _check_algorithm, _cross_entropy, Algorithm, SSLStep, StepOutput
 from .algorithms import confidence_mask, linear_ramp, sharpened_divergence
 from .batches import UnlabelledImages
@@ -93,8 +93,7 @@ def _check_mpl(algorithm):
     check_positive('T', algorithm.T)
     if algorithm.labels not in ('argmax', 'sample'):
         raise ValueError(f"labels is {algorithm.labels!r}; use 'argmax' or 'sample'")
-    if not 0 <= algorithm.uda < math.inf:
-        raise ValueError(f"uda is {algorithm.uda!r}; give a number of 0 or more")
+    check_number('uda', algorithm.uda, 0)
 
 # %% ../../nbs/08_few_labels/08_meta_pseudo_labels.ipynb #ffd911e3
 @patch

@@ -6,7 +6,6 @@
 __all__ = ['SelfAdaptiveThresholds', 'fairness_loss', 'FreeMatch']
 
 # %% ../../nbs/08_few_labels/06b_self_adaptive.ipynb #aeafefda
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
+from ..foundation.checks import check_number
 from .algorithms import _check_algorithm, _cross_entropy, Algorithm, SSLStep, StepOutput
 from .batches import UnlabelledImages
 from ..foundation.core import check_fraction, check_whole
@@ -98,8 +98,7 @@ class FreeMatch(Algorithm):
     def __post_init__(self):
         _check_algorithm(self)
         check_fraction('decay', self.decay)
-        if not 0 <= self.fairness < math.inf:
-            raise ValueError(f"fairness is {self.fairness!r}; give a number of 0 or more")
+        check_number('fairness', self.fairness, 0)
 
 # %% ../../nbs/08_few_labels/06b_self_adaptive.ipynb #f9b92b98
 @patch

@@ -21,6 +21,7 @@ from ..foundation.reprs import ShortRepr
 # %% ../../nbs/08_few_labels/04_settings.ipynb #70cbafb2
 from ..distillation.checkpoint import as_checkpoint, Checkpoint
 from .batches import SSLBatches
+from ..foundation.checks import check_autocast, check_function, check_seed, check_switch
 from ..foundation.core import check_fraction, check_positive, check_whole
 from ..foundation.losses import batch_cross_entropy
 from ..models.features import default_forward
@@ -57,7 +58,25 @@ def _check_training(training):
     if training.every is not None:
         check_whole('every', training.every, 1)
     check_positive('lr', training.lr)
+    check_positive('finetune_lr', training.finetune_lr)
     check_fraction('ema', training.ema)
+    check_whole('batch_size', training.batch_size, 1)
+    check_whole('mu', training.mu, 1)
+    _check_functions(training)
+
+# %% ../../nbs/08_few_labels/04_settings.ipynb #76878304
+def _check_functions(training):
+    for name in ('weak', 'strong'):
+        view = getattr(training, name)
+        if not (isinstance(view, str) and view == 'auto'):
+            check_function(
+                name, view, f"{name}(images, generator) -> images, 'auto' for the usual one", or_none=True
+            )
+    check_function('make_optimizer', training.make_optimizer, 'make_optimizer(model, lr) -> optimizer')
+    check_function('forward', training.forward, 'forward(model, batch) -> logits (k, C)')
+    check_autocast(training.autocast)
+    check_seed(training.seed)
+    check_switch('progress', training.progress)
 
 # %% ../../nbs/08_few_labels/04_settings.ipynb #09885a1f
 @dataclass(frozen=True, repr=False)

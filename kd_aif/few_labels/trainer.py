@@ -17,6 +17,8 @@ from torch import nn, Tensor
 from tqdm import tqdm
 
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #d5f1d4b1
+from ..weights.transforms import check_new_weights
+from ..foundation.checks import check_function, check_instance, check_network
 from ..data.images import content_hash, ImageData
 from ..data.loaders import ImageBatches
 from ..distillation.checkpoint import describe, keep_checkpoint, read_checkpoint, Stopped
@@ -146,6 +148,26 @@ class SSLLoop:
         self.state = algorithm.start(student, batches.unlabelled, n_classes, make_trainer)
         algorithm.attach_ema(self.state, self.ema_model)
         self.written = self.block_start = perf_counter()
+        self.unfit = None  # whether a weight was negative or not finite, once there are weights
+
+# %% ../../nbs/08_few_labels/05_trainer.ipynb #3e6bfc6d
+@patch
+def _checked_weights(self: SSLLoop, step, output):
+    "The weights of the unlabelled images: finite and not negative, else `ValueError`"
+    w = self.weights(step, output)
+    if self.unfit is None:
+        check_new_weights(w, len(output.unsupervised), 'weights')
+        self.unfit = torch.zeros((), dtype=torch.bool, device=w.device)
+    self.unfit.logical_or_(~(torch.isfinite(w) & (w >= 0)).all())
+    return w
+
+# %% ../../nbs/08_few_labels/05_trainer.ipynb #80224586
+@patch
+def _refuse_unfit(self: SSLLoop):
+    if self.unfit is not None and self.unfit:
+        raise ValueError(
+            'weights: the function gave a weight below 0, infinite or NaN; give finite weights of 0 or more'
+        )
 
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #c772d042
 @patch
@@ -160,7 +182,7 @@ def step(
     networks, counts = (self.student, self.ema_model), (number, self.training.steps, self.trainer.lr)
     step = SSLStep(*networks, labelled, unlabelled, *counts, self.forward, self.state)
     output = self.algorithm(step)
-    loss = output.total(None if self.weights is None else self.weights(step, output))
+    loss = output.total(None if self.weights is None else self._checked_weights(step, output))
     self.trainer.update(loss)
     self.algorithm.after(step, output)
     self.trainer.follow()
@@ -221,6 +243,7 @@ def record(
 ) -> dict:  # the new row of the history
     "Evaluate, and add a row to the history"
     forward = self.training.forward
+    self._refuse_unfit()
     with self.watch('evaluation'):
         metrics = _evaluation('val', self.ema_model, val, forward)
         row |= {k: v for k, v in metrics.items() if k == 'val_accuracy'}
@@ -303,6 +326,12 @@ def _shown(row):
     shown = 'loss_labelled', 'mask', 'val_accuracy', 'precision'
     return {k: f'{v:.3f}' for k, v in row.items() if k in shown and v is not None}
 
+# %% ../../nbs/08_few_labels/05_trainer.ipynb #3aeaa9da
+def _check_arguments(student, training, measure):
+    check_network('student', student)
+    check_instance('training', training, SSLTraining, 'give SSLTraining(steps, ...)')
+    check_function('measure', measure, 'measure(model, forward) -> dict', or_none=True)
+
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #ca5e6459
 def train_ssl(
     student: nn.Module,  # trained in place, on the data's device
@@ -317,6 +346,7 @@ def train_ssl(
     measure: Callable | None = None,  # measure(model, forward) -> dict, such as a `PseudoLabelMeter`
 ) -> SSLRun:  # metrics, history, networks
     "Train by one algorithm; raises `ValueError` or `TypeError` before any work for what does not fit"
+    _check_arguments(student, training, measure)
     batches = _batches(labelled, unlabelled, training)
     _check_ssl(student, algorithm, batches, training, weights)
     with torch.random.fork_rng():

@@ -36,7 +36,7 @@ def generator(
 ) -> torch.Generator:  # a new generator at the start of its stream
     "An independent, reproducible stream of random numbers for one purpose; TypeError when `seed` is not an integer."
     try:
-        seed = operator.index(seed)
+        seed = operator.index(None if isinstance(seed, bool) else seed)
     except TypeError:
         raise TypeError(f'seed is {seed!r}: give an integer, such as seed=0') from None
     text = json.dumps([str(o) for o in (seed, *names)])

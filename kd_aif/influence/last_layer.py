@@ -16,10 +16,19 @@ from torch import nn, Tensor
 from torch.func import grad
 from tqdm import tqdm
 
+# %% ../../nbs/04_influence/08_last_layer.ipynb #8ae04bb4
 from ..foundation.batches import batch_rows, check_order, find_positions, sample_mask, to_device
 from ..foundation.core import bar_options, generator
 from ..foundation.reprs import ShortRepr
 from ..foundation.splits import class_groups
+from kd_aif.influence.call_checks import (
+    check_class_labels,
+    check_loss,
+    check_losses,
+    check_rows,
+    as_checked,
+    read_outputs,
+)
 from .curvature import FlatModel
 from .forward_mode import measuring
 from .iterative_solvers import CG
@@ -28,7 +37,7 @@ from .logit_products import DENSE_CLASSES, join_hessians, LogitProducts, loss_pa
 from .many_classes import ClasswiseKFAC, ManyClassGaussNewton
 from .sampled_rows import gradient_pieces, root_rows, Rows
 from .solvers import Exact, Woodbury
-from ..models.features import features_and_logits, last_linear
+from ..models.features import default_forward, features_and_logits, last_linear
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #cc7cc780
 TARGETS = ('mean', 'class', 'posterior', 'sample')
@@ -66,15 +75,6 @@ def _first_batch(name, batches):
     for batch in batches:
         return batch
     raise ValueError(f"{name}: no sample; give at least one batch, in a list or another re-iterable")
-
-# %% ../../nbs/04_influence/08_last_layer.ipynb #18611fd3
-def _check_losses(losses, n):
-    "The losses, when there is one for each of n samples"
-    if losses.shape == (n,):
-        return losses
-    raise ValueError(
-        f"loss returns values of shape {tuple(losses.shape)} for {n} samples; give one value per sample, (b,)"
-    )
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #5611200e
 LAST_LAYER = True  # default of every parameter `last_layer` in the package
@@ -163,7 +163,7 @@ def _logit_gradient_and_losses(loss, logits, batch):
     "(b, C) gradient of each sample's loss with respect to its logits, and (b,) the losses, from one call"
 
     def total(z):
-        losses = _check_losses(loss(z, batch), len(logits))
+        losses = check_losses(loss(z, batch), len(logits))
         return losses.sum(), losses
 
     return grad(total, has_aux=True)(logits)
@@ -185,16 +185,23 @@ def _derivatives(loss, z, batch, chosen, start):
     return losses, gradient, hessian, (rows + start).to(z.device), batch['index'], labels
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #07-influence-023
-def _hessian_mask(batches, max_hessians, n_samples):
+def _hessian_mask(name, batches, max_hessians, n_samples):
     "(n,) bool: the samples whose logit Hessian is kept; empty when there is none"
     if max_hessians == 0:
         return torch.zeros(0, dtype=torch.bool)
     if n_samples is None:
-        n_samples = sum(len(batch['index']) for batch in batches)
+        n_samples = sum(_rows(name, batch) for batch in batches)
     return sample_mask(n_samples, max_hessians)
 
+# %% ../../nbs/04_influence/08_last_layer.ipynb #f6b80513
+def _rows(name, batch):
+    check_rows(name, batch)
+    return len(batch['index'])
+
 # %% ../../nbs/04_influence/08_last_layer.ipynb #2126ad9a
-def _check_count(n_samples, n):
+def _check_count(name, n_samples, n):
+    if not n:
+        raise ValueError(f'{name}: no sample; give at least one batch, in a list or another re-iterable')
     if n_samples not in (None, n):
         raise ValueError(f"n_samples is {n_samples}, but the batches hold {n}; give their number, or None")
 
@@ -210,6 +217,30 @@ def _layer_input(h, z, layer):
     return h if layer.bias is None else torch.cat([h, torch.ones_like(h[:, :1])], 1), z
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #db6d8ffe
+def _finite(view, name):
+    "The view, when all losses are finite; else ValueError"
+    if not (finite := torch.isfinite(view.losses)).all():
+        place = int((~finite).nonzero()[0])
+        raise ValueError(
+            f'{name}: the loss is {float(view.losses[place])} for the sample with index {int(view.index[place])}; '
+            f"check its inputs and its label, and the model's weights, for NaN and infinite values"
+        )
+    return view
+
+# %% ../../nbs/04_influence/08_last_layer.ipynb #9c482945
+def _classifier(model, batch, forward):
+    "The last linear layer, from the outputs of two samples"
+    read = lambda model, batch: read_outputs('model', model, batch, forward or default_forward)
+    return last_linear(model, batch_rows(batch, slice(2)), read)[1]
+
+# %% ../../nbs/04_influence/08_last_layer.ipynb #2cc03833
+def _check_first(name, loss, logits, batch):
+    "Number of classes; raises `ValueError` for labels and losses that do not fit"
+    check_class_labels(name, batch, logits.shape[1])
+    check_loss(loss, logits, batch)
+    return logits.shape[1]
+
+# %% ../../nbs/04_influence/08_last_layer.ipynb #635371f4
 def last_layer_view(
     model: nn.Module,  # the model; its last linear layer gives the logits
     loss: Callable,  # loss(logits, batch) -> (b,)
@@ -218,21 +249,22 @@ def last_layer_view(
     max_hessians: int = 0,  # for so many samples at most, drawn at random, the logit Hessian is kept
     progress: bool = True,  # show a bar
     n_samples: int | None = None,  # number of samples, if known: saves a pass that counts them
+    name: str = 'batches',  # how the samples are called in messages
 ) -> LastLayerView:  # on the CPU or the model's device
     "One forward pass that keeps features, logits and the loss's derivatives at the logits"
     device, layer, parts, n = next(model.parameters()).device, None, [], 0
-    chosen = _hessian_mask(batches, max_hessians, n_samples)
+    batches = as_checked(name, batches)
+    chosen = _hessian_mask(name, batches.batches, max_hessians, n_samples)
     with measuring(model), torch.no_grad():
         for batch in tqdm(batches, desc='last layer', leave=False, **bar_options(progress)):
             batch = to_device(batch, device)
-            layer = layer or last_linear(model, batch_rows(batch, slice(2)), forward)[1]
+            layer = layer or _classifier(model, batch, forward)
             h, z = _layer_input(*features_and_logits(model, batch, forward), layer)
+            batches.n_classes = z.shape[1] if parts else _check_first(name, loss, z, batch)
             parts.append((h, z, *_derivatives(loss, z, batch, chosen, n)))
             n += len(batch['index'])
-    if not parts:
-        raise ValueError("batches: no sample; give at least one batch, in a list or another re-iterable")
-    _check_count(n_samples, n)
-    return LastLayerView(*(join_hessians(*p) for p in zip(*parts)))
+    _check_count(name, n_samples, n)
+    return _finite(LastLayerView(*(join_hessians(*p) for p in zip(*parts))), name)
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #56fc2081
 @patch
@@ -246,6 +278,8 @@ def under(
     parts, start, chosen = [], 0, sample_mask(len(self), max_hessians)
     for batch in batches:
         batch, end = to_device(batch, self.logits.device), start + len(batch['index'])
+        if not parts and end <= len(self):
+            check_loss(loss, self.logits[start:end], batch, 'val_loss')
         parts.append(_derivatives(loss, self.logits[start:end], batch, chosen, start))
         start = end
     losses, gradient, hessian, rows, index, y = (join_hessians(*p) for p in zip(*parts))

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['sample_gradients', 'gradient_pieces', 'Rows', 'StreamedRows', 'root_rows', 'numbers_to_hold', 'affordable_rows',
-           'sampled_rows']
+           'sampled_rows', 'relative_residuals', 'refined']
 
 # %% ../../nbs/04_influence/03_sampled_rows.ipynb #13ca0340
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from fastcore.basics import patch
@@ -352,3 +352,35 @@ def rows(
         batches = sample_batches(self.batches, n_samples, seed)
         self._rows[key] = sampled_rows(self.flat, batches, mc_samples, seed)
     return self._rows[key]
+
+# %% ../../nbs/04_influence/03_sampled_rows.ipynb #b4b9f009
+def relative_residuals(
+    r: Tensor,  # (P, k) residuals
+    b: Tensor,  # (P, k) right-hand sides
+) -> Tensor:  # (k,)
+    "Norm of each residual relative to its right-hand side; zero columns count as solved"
+    norm = b.norm(dim=0)
+    return torch.where(norm > 0, r.norm(dim=0) / norm.clamp_min(torch.finfo(b.dtype).tiny), r.norm(dim=0))
+
+# %% ../../nbs/04_influence/03_sampled_rows.ipynb #4abea10e
+def refined(
+    rows: Rows,  # U with UᵀU ≈ G
+    lam: float,  # λ
+    apply: Callable,  # v (P, k) -> (P, k): (UᵀU + λI)⁻¹v, up to rounding
+    x: Tensor,  # (P, k) first answer
+    B: Tensor,  # (P, k) right-hand sides
+    enough: float = 0.01,  # residual that needs no refinement
+    steps: int = 4,  # largest number of steps
+) -> tuple[Tensor, float]:  # (P, k) answer, and its largest relative residual
+    "(x, residual) of the sampled rows, after at most some steps of iterative refinement"
+    missing = lambda x: B - rows.backward(rows.forward(x)) - lam * x
+    r = missing(x)
+    worst = float(relative_residuals(r, B).max())
+    for _ in range(steps):
+        if worst <= enough:
+            break
+        better = x + apply(r)
+        r = missing(better)
+        if (found := float(relative_residuals(r, B).max())) < worst:
+            x, worst = better, found
+    return x, worst

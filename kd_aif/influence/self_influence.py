@@ -17,8 +17,12 @@ from tqdm import tqdm
 from ..foundation.batches import batch_rows, sample_batches, to_device
 from ..foundation.core import bar_options
 from ..foundation.batches import row_slices
+from ..foundation.checks import check_switch
+from .call_checks import check_scored, CheckedBatches, first_check
 from .curvature import FlatModel, GaussNewton
 from .directional import check_finite
+
+# %% ../../nbs/04_influence/09b_self_influence.ipynb #ef307409
 from kd_aif.influence.last_layer import (
     _first_batch,
     _gradients,
@@ -30,23 +34,25 @@ from kd_aif.influence.last_layer import (
 from kd_aif.influence.scores import (
     _check_precision,
     _measured,
-    _n_classes,
     _seconds,
+    checked_batches,
     InfluenceScores,
     joined_notes,
 )
-from .sampled_rows import affordable_rows, numbers_to_hold
+from .sampled_rows import affordable_rows, numbers_to_hold, refined, relative_residuals
 from .scored_parameters import scored_parameters
-from .solvers import Exact, resolve_damping, Woodbury
+from .solver_settings import check_solver, LARGEST_RESIDUAL
+from .solvers import damped_product, DirectSolver, Exact, resolve_damping, Woodbury
 from ..models.features import last_linear
 
 # %% ../../nbs/04_influence/09b_self_influence.ipynb #8ecb1dbe
 def _last_layer_pieces(model, loss, train, solver, forward, progress, embeddings):
     "Solver, curvature, a tensor that gives the dtype, pairs of index and gradients of the last layer, and a note"
-    first = batch_rows(to_device(_first_batch('train', train), next(model.parameters()).device), slice(2))
+    checked = CheckedBatches('train', train, first_check('train', model, loss, forward))
+    first = batch_rows(to_device(_first_batch('train', checked), next(model.parameters()).device), slice(2))
     n_classes = last_linear(model, first, forward)[1].out_features
     keep = _max_hessians(n_classes, solver.n_samples if solver else None)
-    view = last_layer_view(model, loss, train, forward, keep, progress)
+    view = last_layer_view(model, loss, train, forward, keep, progress, name='train')
     operator = last_layer_curvature(view)
     solver = solver or (
         Exact() if operator.size <= 3000 else Woodbury(n_samples=min(1024, max(1, 2**28 // operator.size)))
@@ -73,8 +79,8 @@ def _all_layer_pieces(model, loss, train, solver, forward, progress, embeddings)
     "The same for all layers"
     _check_precision(model)
     names, note = scored_parameters(model, embeddings)
-    flat, first = FlatModel(model, loss, forward, names), _first_batch('train', train)
-    _n_classes(flat, first)
+    flat = FlatModel(model, loss, forward, names)
+    train = checked_batches('train', flat, train, ('index',))
     solver = solver or _row_solver(flat)
     operator = GaussNewton(flat, sample_batches(train, solver.n_samples))
     bar = tqdm(train, desc='self-influence', leave=False, **bar_options(progress))
@@ -88,18 +94,42 @@ def _damping(solver, operator, like):
     rows = solver.rows(operator) if isinstance(solver, Woodbury) else None
     return resolve_damping(getattr(solver, 'damping', 1.0), operator, like, rows)[0]
 
+# %% ../../nbs/04_influence/09b_self_influence.ipynb #dba21b96
+def _inverse_residual(solver, operator, lam, apply, g):
+    "Relative residual of some gradients (k, P); nan where the solver models the curvature and does not measure"
+    B = g[:2].T
+    if isinstance(solver, Woodbury) and not solver.check:
+        return refined(solver.rows(operator), lam, apply, apply(B), B, steps=0)[1]
+    if isinstance(solver, DirectSolver):
+        return solver.measured(operator, lam, apply, apply(B), B)[1]
+    if not isinstance(solver, Exact):
+        return float('nan')
+    return float(relative_residuals(damped_product(operator, lam, apply(B)) - B, B).max())
+
+# %% ../../nbs/04_influence/09b_self_influence.ipynb #bffbc623
+def _check_residual(solver, residual, lam):
+    if residual > LARGEST_RESIDUAL and not solver.approximates:
+        raise ValueError(
+            f'solver: the inverse of {solver} has a relative residual of {residual:.2g} at damping={lam:.1e}; above '
+            f'{LARGEST_RESIDUAL} it is no answer: increase damping'
+        )
+
 # %% ../../nbs/04_influence/09b_self_influence.ipynb #51403166
 def _self_scores(start, solver, operator, like, pieces, left_out):
     "Self-influence from pieces of gradients; `start` is the time at which the work began"
     lam = _damping(solver, operator, like)
     apply, note = solver.inverse(operator, lam)
     solved = perf_counter()
-    parts = [(i.cpu(), (g.T * apply(g.T)).sum(0).cpu()) for i, g in pieces]
+    parts, residual = [], None
+    for i, g in pieces:
+        if residual is None:
+            residual = _inverse_residual(solver, operator, lam, apply, g)
+            _check_residual(solver, residual, lam)
+        parts.append((i.cpu(), (g.T * apply(g.T)).sum(0).cpu()))
     index, values = map(torch.cat, zip(*parts))
     seconds = _seconds(start, start, solved, perf_counter())
-    return InfluenceScores(
-        check_finite(values), index, 'self', lam, float('nan'), 0, seconds, joined_notes(note, left_out)
-    )
+    notes = joined_notes(note, left_out)
+    return InfluenceScores(check_finite(values), index, 'self', lam, residual, 0, seconds, notes)
 
 # %% ../../nbs/04_influence/09b_self_influence.ipynb #de33e676
 @_measured
@@ -115,6 +145,10 @@ def self_influence(
 ) -> InfluenceScores:  # .values (n,), not negative
     """∇ℓ_iᵀ(G + λI)⁻¹∇ℓ_i of every training sample. Koh and Liang (2017), section 5.4.
     Raises `ValueError` for a solver without a written inverse, and as `influence_scores`."""
+    check_scored(loss, forward=forward)
+    check_solver(solver)
+    for name, value in (('last_layer', last_layer), ('embeddings', embeddings)):
+        check_switch(name, value)
     if solver is not None and not hasattr(solver, 'inverse'):
         raise ValueError(
             f"solver is {type(solver).__name__}: self-influence needs one with a written inverse; "

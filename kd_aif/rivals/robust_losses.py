@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..foundation.checks import check_number
 from ..foundation.core import check_fraction, check_positive
 from ..foundation.losses import batch_cross_entropy
 from ..foundation.reprs import ShortRepr
@@ -49,8 +50,7 @@ class LogitAdjusted(ShortRepr):
                 f"counts is {counts.tolist()}; give a positive number for each class, "
                 "such as torch.bincount(y, minlength=C).clamp_min(1)"
             )
-        if not 0 <= self.tau < float('inf'):
-            raise ValueError(f"tau is {self.tau!r}; give a finite number of 0 or more, 1 is usual")
+        check_number('tau', self.tau, 0, remedy='give a finite number of 0 or more, 1 is usual')
 
     def __call__(self, logits, batch):
         return batch_cross_entropy(logits + self.tau * self._log_prior(logits), batch)

@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..foundation.splits import check_groups
 from ..foundation.core import check_fraction
 from .conformal import intervals_of_folds
 from .transforms import _check_scores, effective_sample_size, mean_one_within_class
@@ -368,6 +369,9 @@ def calibrated_weights(
     Raises `ValueError` for scores that are not finite or of the wrong length. Ours; conformal p-values (Vovk
     et al., 2005), local false discovery rate (Efron et al., 2001; 2008)."""
     scores, reference, reference_labels = _as_folds(scores, reference, reference_labels)
+    for name, values in [('labels', labels), *(('reference_labels', l) for l in reference_labels)]:
+        if values is not None:
+            check_groups(name, values, len(values))
     low, high, test = intervals_of_folds(scores, reference, labels, reference_labels, pooled_reference)
     m = effective_count(labels, reference if labels is None else reference_labels, scores.shape[1])
     return weights_from_intervals(low, high, m, labels, significance, density, test=test)

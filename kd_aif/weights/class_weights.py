@@ -18,10 +18,11 @@ from torch import nn, Tensor
 
 from ..data.training_set import PilotSample, TrainingSet
 from ..foundation.batches import batch_rows, merged, eval_view, to_device
-from ..foundation.core import check_fraction, check_positive, evaluating, generator
+from ..foundation.core import check_fraction, check_positive, check_whole, evaluating, generator
 from ..foundation.losses import batch_cross_entropy
 from ..foundation.reprs import ShortRepr
 from ..foundation.splits import stratified_folds
+from ..influence.used_solves import used_solution
 from kd_aif.influence.last_layer import (
     last_layer_curvature,
     last_layer_solver,
@@ -73,8 +74,8 @@ def class_influence(
         ours = _class_gradients(train.select(train_half == k), w[train_half == k])
         gradients.append(shares.mix(ours, val.select(val_half == k).gradient_by_class()))
         gaps.append(aim.select(val_half == k).gradient() - gradients[k] @ total.to(gradients[k]))
-    solver = solver or last_layer_solver(train)
-    s = solver.solve(last_layer_curvature(train), torch.stack(gaps, 1)).x
+    chosen, solver = solver is not None, solver or last_layer_solver(train)
+    s = used_solution(solver, last_layer_curvature(train), torch.stack(gaps, 1), chosen=chosen).x
     return torch.stack([s[:, k] @ gradients[1 - k] for k in (0, 1)]).cpu()
 
 # %% ../../nbs/05_weights/05_class_weights.ipynb #641159c0
@@ -112,12 +113,10 @@ class ClassWeighting:
         check_positive('eta', self.eta)
         check_fraction('significance', self.significance)
         check_positive('max_fraction', self.max_fraction)
-        if self.per_class < 2:
-            raise ValueError(
-                f"per_class is {self.per_class}; give 2 or more training samples of each class, one for each half"
-            )
-        if self.start < 0:
-            raise ValueError(f"start is {self.start}; give an epoch from 0")
+        halves = 'give 2 or more training samples of each class, one for each half'
+        check_whole('per_class', self.per_class, 2, remedy=halves)
+        check_whole('pilot_per_class', self.pilot_per_class, 2, remedy=halves)
+        check_whole('start', self.start, 0, remedy='give an epoch from 0')
 
 # %% ../../nbs/05_weights/05_class_weights.ipynb #d3e6a55c
 @patch

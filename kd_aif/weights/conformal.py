@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .transforms import _check_scores, check_class_labels
+from ..foundation.splits import check_groups
+from .transforms import _check_scores
 
 # %% ../../nbs/05_weights/02_conformal.ipynb #08-weights-017
 def _as_labels(scores, labels, reference, reference_labels):
@@ -23,7 +24,7 @@ def _as_labels(scores, labels, reference, reference_labels):
         if l is not None and len(l) != len(s):
             raise ValueError(f"{name} has {len(l)} entries for {len(s)} scores; give one label per score")
         if l is not None:
-            check_class_labels(name, l)
+            check_groups(name, l, len(s))
     pairs = (labels, scores), (reference_labels, reference)
     return [torch.zeros(len(s), dtype=torch.long) if l is None else l.cpu() for l, s in pairs]
 

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from ..data.training_set import TrainingSet
 from .calibration import calibrated_weights, DENSITIES
-from .transforms import mean_one_within_class, Replace, weights_from_influence
+from kd_aif.weights.transforms import (
+    check_new_weights,
+    check_transform,
+    check_update,
+    mean_one_within_class,
+    Replace,
+    weights_from_influence,
+)
 
 # %% ../../nbs/05_weights/04_sample_weights.ipynb #4a1a51f1
 def joint_weights(
@@ -49,8 +56,8 @@ class SampleWeights:
     ):
         if density not in DENSITIES:
             raise ValueError(f"density is {density!r}; use one of {', '.join(DENSITIES)}")
-        if beta != 'calibrated':
-            weights_from_influence(torch.zeros(1), transform, beta)
+        check_transform(transform, 1.0 if beta == 'calibrated' else beta)
+        check_update(update)
         self.transform, self.beta, self.update = transform, beta, update
         self.density, self.pooled_reference, self.calibration = density, pooled_reference, None
         self.validation_labels = (
@@ -90,7 +97,8 @@ def refresh(
     if self.beta == 'calibrated':
         self._calibrate(scores)
     else:
-        new = self.update(self.values, weights_from_influence(scores, self.transform, self.beta))
+        new = weights_from_influence(scores, self.transform, self.beta)
+        new = check_new_weights(self.update(self.values, new), self.n)
         self.all_weights = torch.cat([new, self.all_weights[self.n :]])
     return self.values
 
@@ -108,9 +116,8 @@ def _calibrate(self: SampleWeights, scores):
         pooled_reference=self.pooled_reference,
     )
     new = joint_weights(self.calibration.probability, s.labels, self.validation_labels)
-    self.all_weights = mean_one_within_class(
-        self.update(self.all_weights, new), torch.cat([s.labels.cpu(), self.validation_labels])
-    )
+    new = check_new_weights(self.update(self.all_weights, new), len(self.all_weights))
+    self.all_weights = mean_one_within_class(new, torch.cat([s.labels.cpu(), self.validation_labels]))
 
 # %% ../../nbs/05_weights/04_sample_weights.ipynb #96559fde
 class WeightTable:

@@ -331,7 +331,7 @@ def test_settings_are_refused_before_any_work(recorded):
         objective=Objective(forward=static(lambda model, batch: model(batch['x']))),
         training=Training(1, **quiet),
     )
-    with pytest.raises(ValueError, match="capture is 'yes'"):
+    with pytest.raises(TypeError, match="capture is 'yes'"):
         Training(capture='yes')
 
 

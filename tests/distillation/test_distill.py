@@ -838,10 +838,10 @@ FAULTS = {
     'frozen student': (dict(student=model(1).requires_grad_(False)), 'student is frozen'),
     'weighting without mechanism': (dict(mechanism=None, weighting=Influence()), 'nothing is scored'),
     'schedule without mechanism': (dict(mechanism=None, schedule=Every(1, 1)), 'nothing is scored'),
-    'weights in words': (dict(mechanism=None, weighting='heavy'), 'weighting is a str'),
+    'weights in words': (dict(mechanism=None, weighting='heavy'), "weighting is 'heavy', a str; give Influence"),
     'losses in a column': (
         dict(label_loss=lambda logits, b: batch_cross_entropy(logits, b)[:, None]),
-        r'a tensor \(150, 1\)|a tensor \(32, 1\)',
+        r'label_loss returns values of shape \(32, 1\) for 32 samples; give one value per sample',
     ),
     'no round': (dict(mechanism='both', generations=0), 'generations is 0'),
     'rounds of a student': (
@@ -855,7 +855,7 @@ FAULTS = {
     ),
     'no logits': (
         dict(forward=lambda m, b: m(b)),
-        r'student returns dict; logits \(samples, classes\) are needed: give forward',
+        r'student returns a dict, logits \(samples, classes\) are needed; give forward',
     ),
 }
 
