@@ -215,7 +215,7 @@ def dealt_batches(
 def _described_parts(parts):
     "Numbers of the batches, rows of each field in them, and shape and type of a row"
     fields = [*zip(*parts.values())]
-    rows = [[len(t) for t in field] for field in fields]
+    rows = [[*map(len, field)] for field in fields]
     kinds = [(list(field[0].shape[1:]), str(field[0].dtype).removeprefix('torch.')) for field in fields]
     return dict(numbers=list(parts), rows=rows, kinds=kinds)
 
