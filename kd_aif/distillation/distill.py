@@ -26,10 +26,17 @@ from .result import Run
 from .run_weights import RunWeights
 from .schedules import Every, OneShot, Online
 from .session import BeforeEpochs, Session
+from kd_aif.distillation.shared_checks import (
+    check_rows,
+    check_shared_data,
+    check_shared_settings,
+    share_networks,
+)
 from .token_checks import check_tokens
 from .trainer import Training
 from .weighting import Fixed, Influence, Published, Reweighting, Weighting
 from ..foundation.batches import eval_view, model_device
+from ..foundation.processes import unwrapped
 from ..models.features import default_forward
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #19910407
@@ -145,13 +152,18 @@ def open_session(
     config: dict,  # mechanism, schedule, weighting, objective, training
 ) -> Session:  # ready to run
     "`Session` of checked settings, networks and data"
+    student, teacher = unwrapped(student), unwrapped(teacher)
     check_settings(teacher, **config)
     config = _with_weighting(config)
+    check_shared_settings(student, teacher, config)
     weighting, objective, training = config['weighting'], config['objective'], config['training']
     data, test = _read_once((student, teacher), train, val, test, config)
+    check_shared_data(data)
+    share_networks(student, teacher, objective)
     n_classes = count_classes(student, data.samples.first, objective.forward)
     check_data(data, test, weighting, n_classes)
     check_networks(student, teacher, data.samples.first, objective, weighting)
+    check_rows(student, teacher, data.samples.first, objective)
     if trains_given_teacher(config['mechanism'], config['schedule']):
         check_trainable('teacher', teacher)
     max_fraction = STUDENT_FRACTION if config['mechanism'] == 'student' else 1.0

@@ -23,9 +23,11 @@ from .checkpoint import as_checkpoint, Checkpoint
 from .forward_passes import teacher_forward, training_forwards
 from .moving_average import MovingAverage
 from .objective import Objective
+from .shared_training import shared_training, SharedTraining
 from ..foundation.batches import batch_size, model_device, set_epoch
 from ..foundation.core import bar_options, check_positive, check_whole, set_random_state
 from ..foundation.losses import weighted_mean
+from ..foundation.processes import current_processes
 from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #fc667060
@@ -40,6 +42,7 @@ class Trainer:
         average: MovingAverage | None = None,  # see `moving_average`
     ):
         self.model, self.optimizer, self.schedule, self.average = model, optimizer, schedule, average
+        self.shared: SharedTraining | None = None  # how this process takes part, where there are several
 
     @property
     def lr(self) -> float:
@@ -74,7 +77,10 @@ def update(
 ) -> None:
     "One step down the gradient, and one of the schedule"
     self.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    if self.shared is None:
+        loss.backward()
+    else:
+        self.shared.backward(loss, self.model, self.parameters)
     self.descend()
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #ab12aa6f
@@ -250,7 +256,9 @@ class Fit:
         self.teacher_trainer = WeightedTrainer(teacher, forward, weights, training, steps) if joint else None
         self.ask = teacher_forward(teacher, data, training, objective, outputs, forward, joint)
         self.plan, self.sums = plan_batches(data.batches, model_device(model)), None
-        self.captured = capture_fit(self)
+        self.captured, self.shared = capture_fit(self), shared_training(training.seed)
+        for trainer, _ in self.learners():
+            trainer.shared = self.shared
         self.history, self.random_state = [], None  # of the epochs that are done
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #f6803fca
@@ -300,7 +308,8 @@ def train_batch(
         self.objective.teacher_update(self, batch, epoch)
     for trainer, loss_of in self.learners():
         logits, losses = trainer.step(batch, loss_of(batch), epoch)
-    self.count(logits, losses, batch['y'])
+    rows = slice(None) if self.shared is None else self.shared.counted
+    self.count(logits[rows], losses[rows], batch['y'][rows])
     if hasattr(self.objective.label_loss, 'after_step'):
         self.objective.label_loss.after_step(logits, batch)
     return logits, losses
@@ -312,7 +321,11 @@ def train_recipe(
     recipe: dict,  # of a batch, see `plan_batches`
     epoch: int,  # number of the epoch, from 0
 ) -> None:
-    "One step of every network that learns: replayed if it is recorded, else as it is"
+    "One step of every network that learns: shared, replayed if it is recorded, or as it is"
+    if self.shared is not None:
+        with self.shared.step(recipe) as own:
+            self.train_batch(self.plan.make(own), epoch)
+        return
     recording = None if self.captured is None else self.captured.recording(recipe)
     if recording is None:
         if self.training.capture and self.captured.failure is not None:
@@ -327,6 +340,8 @@ def train_recipe(
 def _all_batches(self: Fit, number):
     "A step for every batch; the number of samples"
     set_epoch(self.data.batches, number)
+    if self.shared is not None:
+        self.shared.begin_epoch(number)
     for part in self.sums or ():
         part.zero_()
     if self.captured is not None:
@@ -346,10 +361,11 @@ def train_epoch(
 ) -> dict:  # 'epoch', 'phase', mean 'loss' and, with classes, 'accuracy' of the training batches
     "All batches once; raises `ValueError` for unknown samples and for a loss that is not finite"
     n = self._all_batches(number)
+    sums = self.sums if self.shared is None else self.shared.end_epoch(self.sums)
     for part in (self.weights, self.objective.label_loss):
         if hasattr(part, 'check'):
             part.check()
-    means = (float(part) / n for part in self.sums)
+    means = (float(part) / n for part in sums)
     line = dict(epoch=number, phase=phase) | dict(zip(('loss', 'accuracy'), means))
     if not math.isfinite(line['loss']):
         lr = self.training.lr
@@ -366,7 +382,8 @@ def run(
 ) -> list[dict]:  # one line per epoch, see `Fit.train_epoch`
     "All epochs; the model ends in eval mode"
     done, epochs = len(self.history), self.training.epochs
-    options = dict(desc=phase, initial=done, total=epochs) | bar_options(self.training.progress)
+    shown = self.training.progress and current_processes().first
+    options = dict(desc=phase, initial=done, total=epochs) | bar_options(shown)
     with torch.random.fork_rng(), tqdm(range(done, epochs), **options) as bar:
         torch.manual_seed(self.training.seed)
         if self.random_state is not None:

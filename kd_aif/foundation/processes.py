@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Processes', 'current_processes', 'start_processes', 'stop_processes', 'shared_work', 'ProcessLost',
            'sum_over_processes', 'gather_values', 'from_first', 'agree', 'copy_from_first', 'own_rows', 'own_shares',
-           'dealt_batches', 'gather_parts', 'unwrapped', 'is_sharded']
+           'dealt_batches', 'gather_parts', 'unwrapped', 'is_sharded', 'own_tensors']
 
 # %% ../../nbs/01_foundation/07_processes.ipynb #5c18d6b1
 import json
@@ -261,3 +261,10 @@ def is_sharded(
 ) -> bool:
     "Whether parameters are spread over the processes, as `fully_shard` does it"
     return model is not None and any(hasattr(p, 'full_tensor') for p in model.parameters())
+
+
+def own_tensors(
+    model: nn.Module,  # any network
+) -> list[Tensor]:  # without those that are spread over the processes
+    "Parameters and buffers that every process has for itself"
+    return [t for t in (*model.parameters(), *model.buffers()) if not hasattr(t, 'full_tensor')]
