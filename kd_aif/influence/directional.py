@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..foundation.batches import batch_rows, batch_size
 from ..foundation.core import bar_options
+from ..foundation.processes import current_processes, dealt_batches, gather_parts
 from .curvature import FlatModel
 from .forward_mode import directional_derivative, double_vjp, measuring
 from .sampled_rows import gradient_pieces
@@ -171,16 +172,21 @@ def directional_scores(
 ) -> tuple[Tensor, Tensor]:  # (n,) or (n, k) derivative of each sample's loss along s, and (n,) their index
     "sᵀ∇ℓ_i of every sample, batch by batch; raises `ValueError` for an unknown `mode`, or scores not finite"
     check_mode(mode)
-    values, index, scorer, start = [], [], None, 0
+    parts, scorer, start = {}, None, 0
+    shown = progress and current_processes().first
     with measuring(flat.model), torch.no_grad():
-        for batch in tqdm(batches, desc='scoring', leave=False, **bar_options(progress)):
-            batch = flat.prepare(batch)
-            scorer = scorer or _scorer(flat, batch, s, mode, losses)
-            values.append(scorer(batch, _known_losses(losses, start, batch, flat.device)))
-            index.append(batch['index'])
+        bar = tqdm(batches, desc='scoring', leave=False, **bar_options(shown))
+        for k, batch, own in dealt_batches(bar):
+            if own or scorer is None:
+                batch = flat.prepare(batch)
+                scorer = scorer or _scorer(flat, batch, s, mode, losses)
+            if own:
+                known = _known_losses(losses, start, batch, flat.device)
+                parts[k] = scorer(batch, known), batch['index']
             start += batch_size(batch)
-    if not values:
+    found = gather_parts(parts, flat.device)
+    if not found:
         raise ValueError(
             "batches: no sample to score; give at least one batch, in a list or another re-iterable"
         )
-    return check_finite(torch.cat(values).cpu()), torch.cat(index).cpu()
+    return check_finite(found[0].cpu()), found[1].cpu()

@@ -18,6 +18,15 @@ from tqdm import tqdm
 
 from ..foundation.batches import batch_rows, check_order, find_positions, sample_mask, to_device
 from ..foundation.core import bar_options, generator
+from kd_aif.foundation.processes import (
+    current_processes,
+    dealt_batches,
+    gather_parts,
+    is_sharded,
+    own_shares,
+    sum_over_processes,
+    unwrapped,
+)
 from ..foundation.reprs import ShortRepr
 from ..foundation.splits import class_groups
 from .curvature import FlatModel
@@ -51,10 +60,10 @@ def class_gradients(
     "Gradient of the mean validation loss over each class's samples"
     total = torch.zeros(flat.size, n_classes, dtype=flat.dtype, device=flat.device)
     count = torch.zeros(n_classes, dtype=flat.dtype, device=flat.device)
-    for piece, gradients in _gradients(flat, batches):
+    for piece, gradients in _gradients(flat, own_shares(batches)):
         total.index_add_(1, piece['y'], gradients.T)
         count += torch.bincount(piece['y'], minlength=n_classes)
-    return total / count.clamp_min(1)
+    return sum_over_processes(total) / sum_over_processes(count).clamp_min(1)
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #7d3a62fc
 def _first_batch(name, batches):
@@ -210,19 +219,23 @@ def last_layer_view(
     n_samples: int | None = None,  # number of samples, if known: saves a pass that counts them
 ) -> LastLayerView:  # on the CPU or the model's device
     "One forward pass that keeps features, logits and the loss's derivatives at the logits"
-    device, layer, parts, n = next(model.parameters()).device, None, [], 0
-    chosen = _hessian_mask(batches, max_hessians, n_samples)
+    model, layer, parts, n = unwrapped(model), None, {}, 0
+    device, together = next(model.parameters()).device, is_sharded(model)
+    chosen, shown = _hessian_mask(batches, max_hessians, n_samples), progress and current_processes().first
     with measuring(model), torch.no_grad():
-        for batch in tqdm(batches, desc='last layer', leave=False, **bar_options(progress)):
-            batch = to_device(batch, device)
-            layer = layer or last_linear(model, batch_rows(batch, slice(2)), forward)[1]
-            h, z = _layer_input(*features_and_logits(model, batch, forward), layer)
-            parts.append((h, z, *_derivatives(loss, z, batch, chosen, n)))
+        bar = tqdm(batches, desc='last layer', leave=False, **bar_options(shown))
+        for k, batch, own in dealt_batches(bar, together):
+            if own:
+                batch = to_device(batch, device)
+                layer = layer or last_linear(model, batch_rows(batch, slice(2)), forward)[1]
+                h, z = _layer_input(*features_and_logits(model, batch, forward), layer)
+                parts[k] = (h, z, *_derivatives(loss, z, batch, chosen, n))
             n += len(batch['index'])
-    if not parts:
+    found = gather_parts(parts, device, together)
+    if not found:
         raise ValueError("batches: no sample; give at least one batch, in a list or another re-iterable")
     _check_count(n_samples, n)
-    return LastLayerView(*(torch.cat(p) for p in zip(*parts)))
+    return LastLayerView(*found)
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #56fc2081
 @patch

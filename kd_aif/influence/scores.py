@@ -24,6 +24,7 @@ from ..foundation.reprs import ShortRepr
 # %% ../../nbs/04_influence/09_scores.ipynb #ed6f697b
 from ..foundation.batches import check_order, sample_batches
 from ..foundation.core import atomic_path, wall_seconds
+from ..foundation.processes import dealt_batches, gather_parts, unwrapped
 from .curvature import FlatModel, GaussNewton, mean_gradient
 from .directional import check_finite, check_mode, directional_scores
 from .forward_mode import measuring
@@ -156,6 +157,7 @@ def _measured(function):
 
     @wraps(function)
     def run(model, *args, **kwargs):
+        model = unwrapped(model)
         with torch.inference_mode(False), measuring(model), torch.enable_grad():
             return function(model, *args, **kwargs)
 
@@ -302,10 +304,13 @@ def _target_gradient(flat, val, target, n_classes):
 # %% ../../nbs/04_influence/09_scores.ipynb #65088be9
 def _probabilities(flat, batches):
     "(n, C) the model's own probabilities, and (n,) index"
-    prepared = map(flat.prepare, batches)
+    parts = {}
     with measuring(flat.model), torch.no_grad():
-        parts = [(flat.logits(flat.parameters(), b).softmax(-1).cpu(), b['index'].cpu()) for b in prepared]
-    return tuple(torch.cat(p) for p in zip(*parts))
+        for k, batch, own in dealt_batches(batches):
+            if own:
+                batch = flat.prepare(batch)
+                parts[k] = flat.logits(flat.parameters(), batch).softmax(-1).cpu(), batch['index'].cpu()
+    return gather_parts(parts, 'cpu')
 
 # %% ../../nbs/04_influence/09_scores.ipynb #23bcdec6
 def _posterior_mean(values, index, flat, batches):
