@@ -19,7 +19,14 @@ from .schedules import Every, Online
 from .weighting import Reweighting
 from ..foundation.batches import batch_rows, batch_size, model_device, to_device
 from ..foundation.core import evaluating
-from ..foundation.processes import agree, copy_from_first, current_processes, is_sharded, own_tensors
+from kd_aif.foundation.processes import (
+    agree,
+    copy_from_first,
+    current_processes,
+    is_sharded,
+    own_tensors,
+    put_shares_back,
+)
 
 # %% ../../nbs/06_distillation/08c_shared_checks.ipynb #51d58ef5
 def _remembers(loss):
@@ -127,6 +134,7 @@ def share_networks(
     extra = objective.auxiliary.loss if objective.auxiliary is not None else None
     for model in (student, teacher, extra):
         if isinstance(model, nn.Module):
+            put_shares_back(model)
             copy_from_first(own_tensors(model))
 
 # %% ../../nbs/06_distillation/08c_shared_checks.ipynb #6e73a628

@@ -16,7 +16,14 @@ from torch.overrides import TorchFunctionMode
 
 from ..foundation.batches import batch_rows, batch_size
 from ..foundation.core import generator
-from ..foundation.processes import agree, current_processes, is_sharded, own_rows, sum_over_processes
+from kd_aif.foundation.processes import (
+    agree,
+    current_processes,
+    is_sharded,
+    own_rows,
+    put_shares_back,
+    sum_over_processes,
+)
 
 # %% ../../nbs/06_distillation/03e_shared_training.ipynb #05b02e43
 class _Sum(torch.autograd.Function):
@@ -100,10 +107,14 @@ class SharedTraining:
 
 # %% ../../nbs/06_distillation/03e_shared_training.ipynb #17cb5901
 def shared_training(
-    seed: int = 0,  # see `SharedTraining`
+    seed: int,  # see `SharedTraining`
+    *models: nn.Module | None,  # that are trained; sharded ones are made ready for an optimiser
 ) -> SharedTraining | None:  # None: this process trains alone
     "How this process takes part in training"
-    return None if current_processes().alone else SharedTraining(seed)
+    if current_processes().alone:
+        return None
+    put_shares_back(*models)
+    return SharedTraining(seed)
 
 # %% ../../nbs/06_distillation/03e_shared_training.ipynb #b220c752
 @contextmanager

@@ -249,6 +249,7 @@ class Fit:
     ):
         self.model, self.teacher, self.data, self.weights = model, teacher, data, weights
         self.objective, self.training = objective, training
+        self.shared = shared_training(training.seed, model, teacher)
         outputs, forward = training_forwards(objective, training)
         auxiliary, steps = objective.auxiliary, training.epochs * data.n_batches
         loss_module = auxiliary.loss if auxiliary is not None else None
@@ -256,7 +257,7 @@ class Fit:
         self.teacher_trainer = WeightedTrainer(teacher, forward, weights, training, steps) if joint else None
         self.ask = teacher_forward(teacher, data, training, objective, outputs, forward, joint)
         self.plan, self.sums = plan_batches(data.batches, model_device(model)), None
-        self.captured, self.shared = capture_fit(self), shared_training(training.seed)
+        self.captured = capture_fit(self)
         for trainer, _ in self.learners():
             trainer.shared = self.shared
         self.history, self.random_state = [], None  # of the epochs that are done

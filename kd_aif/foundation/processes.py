@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Processes', 'current_processes', 'start_processes', 'stop_processes', 'shared_work', 'ProcessLost',
            'sum_over_processes', 'gather_values', 'from_first', 'agree', 'copy_from_first', 'own_rows', 'own_shares',
-           'dealt_batches', 'gather_parts', 'unwrapped', 'is_sharded', 'own_tensors']
+           'dealt_batches', 'gather_parts', 'unwrapped', 'is_sharded', 'put_shares_back', 'own_tensors']
 
 # %% ../../nbs/01_foundation/07_processes.ipynb #5c18d6b1
 import json
@@ -260,7 +260,20 @@ def is_sharded(
     model: nn.Module | None,  # any network
 ) -> bool:
     "Whether parameters are spread over the processes, as `fully_shard` does it"
-    return model is not None and any(hasattr(p, 'full_tensor') for p in model.parameters())
+    return model is not None and bool(_sharded_parts(model))
+
+
+def _sharded_parts(model):
+    return [m for m in model.modules() if hasattr(m, 'set_requires_gradient_sync') and hasattr(m, 'reshard')]
+
+
+def put_shares_back(
+    *models: nn.Module | None,  # any networks
+) -> None:
+    "Let `.parameters()` be the shares again: a forward pass without gradients leaves them in one piece"
+    for model in filter(None, models):
+        for part in _sharded_parts(model):
+            part.reshard()
 
 
 def own_tensors(
