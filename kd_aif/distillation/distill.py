@@ -26,18 +26,20 @@ from .result import Run
 from .run_weights import RunWeights
 from .schedules import Every, OneShot, Online
 from .session import BeforeEpochs, Session
+from .token_checks import check_tokens
+from .trainer import Training
+from .weighting import Fixed, Influence, Published, Reweighting, Weighting
+from ..foundation.batches import eval_view, model_device
+from ..models.features import default_forward
+
+# %% ../../nbs/06_distillation/11_distill.ipynb #999d74e1
 from kd_aif.distillation.shared_checks import (
     check_rows,
     check_shared_data,
     check_shared_settings,
     share_networks,
 )
-from .token_checks import check_tokens
-from .trainer import Training
-from .weighting import Fixed, Influence, Published, Reweighting, Weighting
-from ..foundation.batches import eval_view, model_device
 from ..foundation.processes import unwrapped
-from ..models.features import default_forward
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #19910407
 def plain_training(
@@ -132,7 +134,7 @@ def distill(
     a checkpoint of another run; `Stopped` where the checkpoint's `stop` asks for it."""
     config = dict(mechanism=mechanism, schedule=schedule, weighting=weighting)
     config |= dict(objective=objective, training=training)
-    session = open_session(student, teacher, train, val, test, config)
+    session = open_session(unwrapped(student), unwrapped(teacher), train, val, test, config)
     procedure_of(mechanism, schedule)(session)
     session.finish()
     return session.result(test)
@@ -152,7 +154,6 @@ def open_session(
     config: dict,  # mechanism, schedule, weighting, objective, training
 ) -> Session:  # ready to run
     "`Session` of checked settings, networks and data"
-    student, teacher = unwrapped(student), unwrapped(teacher)
     check_settings(teacher, **config)
     config = _with_weighting(config)
     check_shared_settings(student, teacher, config)
@@ -162,15 +163,20 @@ def open_session(
     share_networks(student, teacher, objective)
     n_classes = count_classes(student, data.samples.first, objective.forward)
     check_data(data, test, weighting, n_classes)
-    check_networks(student, teacher, data.samples.first, objective, weighting)
-    check_rows(student, teacher, data.samples.first, objective)
-    if trains_given_teacher(config['mechanism'], config['schedule']):
-        check_trainable('teacher', teacher)
+    _check_all_networks(student, teacher, data.samples.first, config)
     max_fraction = STUDENT_FRACTION if config['mechanism'] == 'student' else 1.0
     weights = RunWeights(weighting, data, objective, training, n_classes, max_fraction, model_device(student))
     if isinstance(config['schedule'], Online):
         weights.online()
     return Session(student, teacher, data, weights, config, _progress(config, data, student, teacher))
+
+# %% ../../nbs/06_distillation/11_distill.ipynb #bffebd44
+def _check_all_networks(student, teacher, batch, config):
+    "Student and teacher can do what the settings ask for"
+    check_networks(student, teacher, batch, config['objective'], config['weighting'])
+    check_rows(student, teacher, batch, config['objective'])
+    if trains_given_teacher(config['mechanism'], config['schedule']):
+        check_trainable('teacher', teacher)
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #c9b1fc1a
 def _read_once(networks, train, val, test, config):

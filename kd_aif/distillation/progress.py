@@ -204,8 +204,8 @@ def describe_run(
 def _read_by_all(checkpoint, description):
     "The state in the file, or None; raises `ValueError` where processes find different ones"
     saved = read_checkpoint(checkpoint, description)
-    epochs = () if saved is None else (saved['history'], saved.get('fit', {}).get('history', ()))
-    found = None if saved is None else [saved['stage'], *map(len, epochs)]
+    parts = () if saved is None else (saved, saved.get('fit', {}))
+    found = None if saved is None else [saved['stage'], *(len(part.get('history', ())) for part in parts)]
     agree(dict(checkpoint=found), "give all processes the same file, in a folder that all machines share")
     return saved
 

@@ -25,9 +25,9 @@ from .moving_average import MovingAverage
 from .objective import Objective
 from .shared_training import shared_training, SharedTraining
 from ..foundation.batches import batch_size, model_device, set_epoch
-from ..foundation.core import bar_options, check_positive, check_whole, set_random_state
+from ..foundation.core import check_positive, check_whole, set_random_state
 from ..foundation.losses import weighted_mean
-from ..foundation.processes import current_processes
+from ..foundation.processes import first_bar
 from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #fc667060
@@ -42,7 +42,6 @@ class Trainer:
         average: MovingAverage | None = None,  # see `moving_average`
     ):
         self.model, self.optimizer, self.schedule, self.average = model, optimizer, schedule, average
-        self.shared: SharedTraining | None = None  # how this process takes part, where there are several
 
     @property
     def lr(self) -> float:
@@ -74,13 +73,14 @@ def parameters(self: Trainer) -> list[Tensor]:
 def update(
     self: Trainer,
     loss: Tensor,  # () loss of one batch, with graph
+    shared: SharedTraining | None = None,  # of one's own rows, where several processes train
 ) -> None:
     "One step down the gradient, and one of the schedule"
     self.optimizer.zero_grad(set_to_none=True)
-    if self.shared is None:
+    if shared is None:
         loss.backward()
     else:
-        self.shared.backward(loss, self.model, self.parameters)
+        shared.backward(loss, self.model, self.parameters)
     self.descend()
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #ab12aa6f
@@ -227,10 +227,11 @@ def step(
     batch: dict,  # on the model's device
     loss: Callable,  # loss(outputs, batch) -> (b,)
     epoch: int,  # number of the epoch, from 0
+    shared: SharedTraining | None = None,  # see `Trainer.update`
 ) -> tuple[Tensor, Tensor]:  # (b, C) logits, (b,) losses, both without graph
     "One update under the weights"
     logits, losses, mean = self.weighted_loss(batch, loss, epoch)
-    self.update(mean)
+    self.update(mean, shared)
     return logits, losses
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #d97c9740
@@ -249,17 +250,15 @@ class Fit:
     ):
         self.model, self.teacher, self.data, self.weights = model, teacher, data, weights
         self.objective, self.training = objective, training
-        self.shared = shared_training(training.seed, model, teacher)
+        self.shared, self.sums = shared_training(training.seed, model, teacher), None
         outputs, forward = training_forwards(objective, training)
         auxiliary, steps = objective.auxiliary, training.epochs * data.n_batches
         loss_module = auxiliary.loss if auxiliary is not None else None
         self.trainer = WeightedTrainer(model, outputs, weights, training, steps, loss_module)
         self.teacher_trainer = WeightedTrainer(teacher, forward, weights, training, steps) if joint else None
         self.ask = teacher_forward(teacher, data, training, objective, outputs, forward, joint)
-        self.plan, self.sums = plan_batches(data.batches, model_device(model)), None
+        self.plan = plan_batches(data.batches, model_device(model))
         self.captured = capture_fit(self)
-        for trainer, _ in self.learners():
-            trainer.shared = self.shared
         self.history, self.random_state = [], None  # of the epochs that are done
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #f6803fca
@@ -308,7 +307,7 @@ def train_batch(
     if self.objective.teacher_update is not None:
         self.objective.teacher_update(self, batch, epoch)
     for trainer, loss_of in self.learners():
-        logits, losses = trainer.step(batch, loss_of(batch), epoch)
+        logits, losses = trainer.step(batch, loss_of(batch), epoch, self.shared)
     rows = slice(None) if self.shared is None else self.shared.counted
     self.count(logits[rows], losses[rows], batch['y'][rows])
     if hasattr(self.objective.label_loss, 'after_step'):
@@ -383,8 +382,7 @@ def run(
 ) -> list[dict]:  # one line per epoch, see `Fit.train_epoch`
     "All epochs; the model ends in eval mode"
     done, epochs = len(self.history), self.training.epochs
-    shown = self.training.progress and current_processes().first
-    options = dict(desc=phase, initial=done, total=epochs) | bar_options(shown)
+    options = dict(desc=phase, initial=done, total=epochs) | first_bar(self.training.progress)
     with torch.random.fork_rng(), tqdm(range(done, epochs), **options) as bar:
         torch.manual_seed(self.training.seed)
         if self.random_state is not None:

@@ -14,11 +14,11 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
+from ..foundation.processes import dealt_batches, gather_parts
 from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #003c8835
 from ..foundation.batches import batch_rows, check_order, sample_batches, sample_mask
-from ..foundation.processes import dealt_batches, gather_parts
 from ..foundation.splits import class_groups, stratified_folds
 from .curvature import FlatModel, GaussNewton, mean_gradient
 from .directional import check_finite, directional_scores

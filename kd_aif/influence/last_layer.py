@@ -17,16 +17,7 @@ from torch.func import grad
 from tqdm import tqdm
 
 from ..foundation.batches import batch_rows, check_order, find_positions, sample_mask, to_device
-from ..foundation.core import bar_options, generator
-from kd_aif.foundation.processes import (
-    current_processes,
-    dealt_batches,
-    gather_parts,
-    is_sharded,
-    own_shares,
-    sum_over_processes,
-    unwrapped,
-)
+from ..foundation.core import generator
 from ..foundation.reprs import ShortRepr
 from ..foundation.splits import class_groups
 from .curvature import FlatModel
@@ -36,6 +27,17 @@ from .logit_hessians import hessian_roots, logit_hessians
 from .sampled_rows import gradient_pieces, root_rows, Rows
 from .solvers import Exact, Woodbury
 from ..models.features import features_and_logits, last_linear
+
+# %% ../../nbs/04_influence/08_last_layer.ipynb #75d67b81
+from kd_aif.foundation.processes import (
+    dealt_batches,
+    first_bar,
+    gather_parts,
+    is_sharded,
+    own_shares,
+    sum_over_processes,
+    unwrapped,
+)
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #cc7cc780
 TARGETS = ('mean', 'class', 'posterior', 'sample')
@@ -194,6 +196,8 @@ def _hessian_mask(batches, max_hessians, n_samples):
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #2126ad9a
 def _check_count(n_samples, n):
+    if n == 0:
+        raise ValueError("batches: no sample; give at least one batch, in a list or another re-iterable")
     if n_samples not in (None, n):
         raise ValueError(f"n_samples is {n_samples}, but the batches hold {n}; give their number, or None")
 
@@ -221,9 +225,9 @@ def last_layer_view(
     "One forward pass that keeps features, logits and the loss's derivatives at the logits"
     model, layer, parts, n = unwrapped(model), None, {}, 0
     device, together = next(model.parameters()).device, is_sharded(model)
-    chosen, shown = _hessian_mask(batches, max_hessians, n_samples), progress and current_processes().first
+    chosen = _hessian_mask(batches, max_hessians, n_samples)
     with measuring(model), torch.no_grad():
-        bar = tqdm(batches, desc='last layer', leave=False, **bar_options(shown))
+        bar = tqdm(batches, desc='last layer', leave=False, **first_bar(progress))
         for k, batch, own in dealt_batches(bar, together):
             if own:
                 batch = to_device(batch, device)
@@ -231,11 +235,8 @@ def last_layer_view(
                 h, z = _layer_input(*features_and_logits(model, batch, forward), layer)
                 parts[k] = (h, z, *_derivatives(loss, z, batch, chosen, n))
             n += len(batch['index'])
-    found = gather_parts(parts, device, together)
-    if not found:
-        raise ValueError("batches: no sample; give at least one batch, in a list or another re-iterable")
     _check_count(n_samples, n)
-    return LastLayerView(*found)
+    return LastLayerView(*gather_parts(parts, device, together))
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #56fc2081
 @patch
