@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Processes', 'current_processes', 'start_processes', 'stop_processes', 'shared_work', 'first_bar', 'ProcessLost',
-           'sum_over_processes', 'gather_values', 'from_first', 'agree', 'copy_from_first', 'own_rows', 'own_shares',
-           'dealt_batches', 'gather_parts', 'unwrapped', 'is_sharded', 'put_shares_back', 'own_tensors']
+           'sum_over_processes', 'gather_values', 'from_first', 'agree', 'copy_from_first', 'check_alone', 'own_rows',
+           'own_shares', 'dealt_batches', 'gather_parts', 'unwrapped', 'is_sharded', 'put_shares_back', 'own_tensors']
 
 # %% ../../nbs/01_foundation/07_processes.ipynb #5c18d6b1
 import json
@@ -187,6 +187,17 @@ def copy_from_first(
         with _together():
             dist.broadcast(carried, 0)
         tensor.copy_(carried)
+
+# %% ../../nbs/01_foundation/07_processes.ipynb #e65df207
+def check_alone(
+    name: str,  # of the function
+) -> None:
+    "Raise `NotImplementedError` where several processes share their work"
+    if not current_processes().alone:
+        raise NotImplementedError(
+            f"{name} runs in one process, but {current_processes().size} share their work; "
+            "call it before start_processes() or behind stop_processes(), in one of them"
+        )
 
 # %% ../../nbs/01_foundation/07_processes.ipynb #55c48581
 def own_rows(
