@@ -276,7 +276,7 @@ def unwrapped(
 
 def is_sharded(
     model: nn.Module | None,  # any network
-) -> bool:
+) -> bool:  # False for None
     "Whether parameters are spread over the processes, as `fully_shard` does it"
     return model is not None and bool(_sharded_parts(model))
 
