@@ -207,7 +207,7 @@ def message(call):
 def refused(teacher):
     rank, relative = current_processes().rank, lambda o, t, b: (o[-1] - o[-1].mean(0)).square().sum(1)
     similar = AuxiliaryLoss(relative, outputs=lambda m, b: [m(b['x'])])
-    train = TRAIN[rank:] + TRAIN[:rank]
+    train, turned = TRAIN[rank:] + TRAIN[:rank], VAL[rank:] + VAL[:rank]
     quiet = Training(1, progress=False)
     return dict(
         callback=message(
@@ -222,6 +222,12 @@ def refused(teacher):
         compile=message(lambda: run(network(), training=dict(compile=lambda f: f))),
         settings=message(lambda: run(network(), training=dict(seed=rank))),
         data=message(lambda: distill(network(), None, train, VAL, training=quiet)),
+        scores=message(lambda: influence_scores(teacher, batch_cross_entropy, TRAIN, turned, progress=False)),
+        all_layer_scores=message(
+            lambda: influence_scores(
+                teacher, batch_cross_entropy, TRAIN, turned, last_layer=False, progress=False
+            )
+        ),
         sharded_scores=message(
             lambda: influence_scores(sharded(teacher), *KNOWN, last_layer=False, progress=False)
         ),

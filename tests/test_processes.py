@@ -113,6 +113,8 @@ def test_scores_of_all_layers_are_those_of_one_process(found, name):
         ('settings', 'ValueError', 'training: not the same in process 1'),
         ('data', 'ValueError', 'train: samples and batches: not the same'),
         ('sync', 'NotImplementedError', 'student has SyncBatchNorm'),
+        ('scores', 'ValueError', 'batches: not the same in process 1'),
+        ('all_layer_scores', 'ValueError', 'batches: not the same in process 1'),
         ('sharded_scores', 'TypeError', 'use last_layer=True'),
         ('sharded_checkpoint', 'NotImplementedError', 'checkpoint: a sharded network cannot be kept'),
     ],

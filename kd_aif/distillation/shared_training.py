@@ -20,6 +20,7 @@ from kd_aif.foundation.processes import (
     agree,
     current_processes,
     is_sharded,
+    next_fingerprint,
     own_rows,
     put_shares_back,
     sum_over_processes,
@@ -126,10 +127,9 @@ def _own_random_numbers(seed, *names):
         yield
 
 # %% ../../nbs/06_distillation/03e_shared_training.ipynb #8bac0117
-def _next_fingerprint(seen, recipe):
-    "What was read so far, and this batch, in one whole number"
-    numbers = recipe['index'] if 'index' in recipe else recipe['rows'].flatten()
-    return seen * 31 + (numbers * torch.arange(1, len(numbers) + 1, device=numbers.device)).sum()
+def _numbers(recipe):
+    "The whole numbers that say which batch this is"
+    return recipe['index'] if 'index' in recipe else recipe['rows'].flatten()
 
 # %% ../../nbs/06_distillation/03e_shared_training.ipynb #b6987f71
 @patch
@@ -141,7 +141,7 @@ def step(
     "One step: own rows, common batch statistics, own random numbers"
     self.total, rows = batch_size(recipe), own_rows(batch_size(recipe))
     self.n, self.number = rows.stop - rows.start, self.number + 1
-    self.seen = _next_fingerprint(self.seen, recipe)
+    self.seen = next_fingerprint(self.seen, _numbers(recipe))
     own = batch_rows(recipe, rows if self.n else slice(1))
     numbers = _own_random_numbers(self.seed, self.rank, self.epoch, self.number)
     with numbers, SharedBatchNorm(self.n > 0, self.total):

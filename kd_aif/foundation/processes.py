@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Processes', 'current_processes', 'start_processes', 'stop_processes', 'shared_work', 'first_bar', 'ProcessLost',
            'sum_over_processes', 'gather_values', 'from_first', 'agree', 'copy_from_first', 'check_alone', 'own_rows',
-           'own_shares', 'dealt_batches', 'gather_parts', 'unwrapped', 'is_sharded', 'put_shares_back', 'own_tensors']
+           'next_fingerprint', 'own_shares', 'dealt_batches', 'gather_parts', 'unwrapped', 'is_sharded',
+           'put_shares_back', 'own_tensors']
 
 # %% ../../nbs/01_foundation/07_processes.ipynb #5c18d6b1
 import json
@@ -207,12 +208,31 @@ def own_rows(
     p = current_processes()
     return slice(p.rank * n // p.size, (p.rank + 1) * n // p.size)
 
+# %% ../../nbs/01_foundation/07_processes.ipynb #b98b58f0
+def next_fingerprint(
+    seen,  # 0, or what this function gave for the batch before
+    numbers: Tensor,  # (b,) whole numbers, such as the index of a batch
+) -> Tensor:  # () int64
+    "What was read so far, and this batch, in one whole number"
+    return seen * 31 + (numbers * torch.arange(1, len(numbers) + 1, device=numbers.device)).sum()
 
+
+def _read_alike(batches):
+    "The batches; raises `ValueError` at their end where processes have read different ones"
+    seen = 0
+    for batch in batches:
+        if not current_processes().alone and 'index' in batch:
+            seen = next_fingerprint(seen, batch['index'].cpu())
+        yield batch
+    remedy = 'all processes have to read the same batches in the same order: use the same seeds'
+    agree({'batches': int(seen)}, remedy)
+
+# %% ../../nbs/01_foundation/07_processes.ipynb #ae0f7c88
 def own_shares(
     batches: Iterable[dict],  # the same in all processes
 ) -> Iterator[dict]:  # without those of which nothing belongs to this process
     "The own rows of every batch"
-    for batch in batches:
+    for batch in _read_alike(batches):
         rows = own_rows(batch_size(batch))
         if current_processes().alone:
             yield batch
@@ -226,7 +246,7 @@ def dealt_batches(
 ) -> Iterator[tuple[int, dict, bool]]:  # number, batch, whether it belongs to this process
     "All batches; batch k belongs to process k modulo their number"
     p = current_processes()
-    for k, batch in enumerate(batches):
+    for k, batch in enumerate(_read_alike(batches)):
         yield k, batch, all_of_them or k % p.size == p.rank
 
 # %% ../../nbs/01_foundation/07_processes.ipynb #71390674
