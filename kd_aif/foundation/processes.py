@@ -304,7 +304,7 @@ def is_sharded(
 def _sharded_parts(model):
     return [m for m in model.modules() if hasattr(m, 'set_requires_gradient_sync') and hasattr(m, 'reshard')]
 
-
+# %% ../../nbs/01_foundation/07_processes.ipynb #5cc8679a
 def put_shares_back(
     *models: nn.Module | None,  # any networks
 ) -> None:
