@@ -20,6 +20,9 @@ _HOME = {  # name -> module in which it is defined; imported when it is first as
     'cross_scores': 'influence.cross_scores',
     'calibrated_weights': 'weights.calibration',
     'distill_ssl': 'few_labels.cross_fitting',
+    'start_processes': 'foundation.processes',
+    'stop_processes': 'foundation.processes',
+    'shared_work': 'foundation.processes',
     'load_images': 'data.sources',
     'build_model': 'models.build',
 }

@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .objective import Objective
 from ..foundation.batches import model_device
 from ..foundation.core import is_static
+from ..foundation.processes import current_processes
 from ..weights.sample_weights import WeightTable
 
 # %% ../../nbs/06_distillation/03b_captured_step.ipynb #a5fb9427
@@ -334,7 +335,7 @@ def capture_fit(
     fit,  # a training, see `Fit`
 ) -> CapturedStep | None:  # None: steps are not recorded
     "The recorded step of a training; raises `ValueError` where it was to be recorded and cannot be"
-    if fit.training.capture is False:
+    if fit.training.capture is False or not current_processes().alone:
         return None
     device = model_device(fit.model)
     obstacle = capture_obstacle(fit.objective, fit.weights, _networks(fit), device)

@@ -33,6 +33,15 @@ from .weighting import Fixed, Influence, Published, Reweighting, Weighting
 from ..foundation.batches import eval_view, model_device
 from ..models.features import default_forward
 
+# %% ../../nbs/06_distillation/11_distill.ipynb #999d74e1
+from kd_aif.distillation.shared_checks import (
+    check_rows,
+    check_shared_data,
+    check_shared_settings,
+    share_networks,
+)
+from ..foundation.processes import unwrapped
+
 # %% ../../nbs/06_distillation/11_distill.ipynb #19910407
 def plain_training(
     session: Session,  # networks, samples, weights and settings of the run
@@ -126,7 +135,7 @@ def distill(
     a checkpoint of another run; `Stopped` where the checkpoint's `stop` asks for it."""
     config = dict(mechanism=mechanism, schedule=schedule, weighting=weighting)
     config |= dict(objective=objective, training=training)
-    session = open_session(student, teacher, train, val, test, config)
+    session = open_session(unwrapped(student), unwrapped(teacher), train, val, test, config)
     procedure_of(mechanism, schedule)(session)
     session.finish()
     return session.result(test)
@@ -149,18 +158,27 @@ def open_session(
     check_two_networks(student, teacher)
     check_settings(teacher, **config)
     config = _with_weighting(config)
+    check_shared_settings(student, teacher, config)
     weighting, objective, training = config['weighting'], config['objective'], config['training']
     data, test = _read_once((student, teacher), train, val, test, config)
+    check_shared_data(data)
+    share_networks(student, teacher, objective)
     n_classes = count_classes(student, data.samples.first, objective.forward)
     check_data(data, test, weighting, n_classes)
-    check_networks(student, teacher, data.samples.first, objective, weighting)
-    if trains_given_teacher(config['mechanism'], config['schedule']):
-        check_trainable('teacher', teacher)
+    _check_all_networks(student, teacher, data.samples.first, config)
     max_fraction = STUDENT_FRACTION if config['mechanism'] == 'student' else 1.0
     weights = RunWeights(weighting, data, objective, training, n_classes, max_fraction, model_device(student))
     if isinstance(config['schedule'], Online):
         weights.online()
     return Session(student, teacher, data, weights, config, _progress(config, data, student, teacher))
+
+# %% ../../nbs/06_distillation/11_distill.ipynb #bffebd44
+def _check_all_networks(student, teacher, batch, config):
+    "Student and teacher can do what the settings ask for"
+    check_networks(student, teacher, batch, config['objective'], config['weighting'])
+    check_rows(student, teacher, batch, config['objective'])
+    if trains_given_teacher(config['mechanism'], config['schedule']):
+        check_trainable('teacher', teacher)
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #c9b1fc1a
 def _read_once(networks, train, val, test, config):

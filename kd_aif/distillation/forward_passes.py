@@ -16,6 +16,7 @@ from ..data.training_set import TrainingSet
 from .objective import autocast_forward, Objective
 from ..foundation.batches import eval_view, model_device, to_device
 from ..foundation.core import evaluating
+from ..foundation.processes import dealt_batches, gather_parts, is_sharded
 
 # %% ../../nbs/06_distillation/03c_forward_passes.ipynb #769c8ed9
 def training_forwards(
@@ -41,13 +42,14 @@ class CachedTeacher:
         samples: TrainingSet,  # whose samples
         forward: Callable,  # forward(model, batch) -> logits
     ):
-        self.samples, logits, positions = samples, [], []
+        self.samples, parts, device, together = samples, {}, model_device(teacher), is_sharded(teacher)
         with evaluating(teacher), torch.no_grad():
-            for batch in eval_view(samples.batches):
-                batch = to_device(batch, model_device(teacher))
-                logits.append(forward(teacher, batch))
-                positions.append(samples.positions(batch)[0])
-        self.logits = torch.cat(logits)[torch.cat(positions).argsort()]
+            for k, batch, own in dealt_batches(eval_view(samples.batches), together):
+                if own:
+                    batch = to_device(batch, device)
+                    parts[k] = forward(teacher, batch), samples.positions(batch)[0]
+        logits, positions = gather_parts(parts, device, together)
+        self.logits = logits[positions.argsort()]
 
     def __call__(self, teacher, batch):
         return self.logits[self.samples.positions(batch)[0]]

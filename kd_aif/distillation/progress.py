@@ -32,6 +32,7 @@ from .trainer import Fit
 from .weighting import Published
 from ..foundation.batches import eval_view, model_device
 from ..foundation.core import random_state
+from ..foundation.processes import agree, current_processes, from_first
 from ..influence.cross_scores import CrossScores
 from ..influence.scores import InfluenceScores
 from ..weights.calibration import CalibratedWeights
@@ -199,6 +200,15 @@ def describe_run(
     train, val = _describe_samples(data.train, data.samples), _describe_samples(data.val, data.val_samples)
     return described | dict(samples=dict(train=train, val=val), networks=describe(networks))
 
+# %% ../../nbs/06_distillation/09b_progress.ipynb #0e7b6053
+def _read_by_all(checkpoint, description):
+    "The state in the file, or None; raises `ValueError` where processes find different ones"
+    saved = read_checkpoint(checkpoint, description)
+    parts = () if saved is None else (saved, saved.get('fit', {}))
+    found = None if saved is None else [saved['stage'], *(len(part.get('history', ())) for part in parts)]
+    agree(dict(checkpoint=found), "give all processes the same file, in a folder that all machines share")
+    return saved
+
 # %% ../../nbs/06_distillation/09b_progress.ipynb #29907a59
 class Progress:
     "How far a run has come; raises `ValueError` for a file of another run"
@@ -209,7 +219,7 @@ class Progress:
         description: dict | None = None,  # of the run, see `describe_run`
     ):
         self.checkpoint, self.description, self.stage, self.decisions = checkpoint, description, 0, []
-        self.saved = None if checkpoint is None else read_checkpoint(checkpoint, description)
+        self.saved = None if checkpoint is None else _read_by_all(checkpoint, description)
         self.written = perf_counter()
 
     @property
@@ -224,7 +234,7 @@ def decide(
     compute: Callable,  # compute() -> bool
 ) -> bool:  # what was decided
     "A decision of the procedure, now or as it was taken before the state was written"
-    taken = self.saved['decisions'][len(self.decisions)] if self.waiting else bool(compute())
+    taken = self.saved['decisions'][len(self.decisions)] if self.waiting else from_first(bool(compute()))
     self.decisions.append(taken)
     return taken
 
@@ -257,7 +267,7 @@ def write(
     needed: bool = False,  # the training is left when it is written
 ) -> None:
     "Write a state now; without a checkpoint nothing. Raises `WriteError` where it is needed, else warns"
-    if self.checkpoint is None:
+    if self.checkpoint is None or not current_processes().first:
         return
     about = dict(stage=self.stage - (not finished), decisions=list(self.decisions))
     keep_checkpoint(self.checkpoint, self.description, about | state(), needed)
@@ -273,7 +283,7 @@ def after_epoch(
     "Write a state if it is time; raises `Stopped` where the checkpoint's `stop` says so"
     if self.checkpoint is None:
         return
-    stop = self.checkpoint.stop is not None and self.checkpoint.stop(seconds)
+    stop = self.checkpoint.stop is not None and from_first(bool(self.checkpoint.stop(seconds)))
     if stop or perf_counter() - self.written >= self.checkpoint.seconds:
         self.write(state, needed=bool(stop))
     if stop:

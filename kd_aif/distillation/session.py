@@ -24,6 +24,7 @@ from .scoring import OnlineWeights
 from .trainer import Fit, Training
 from ..foundation.batches import model_device
 from ..foundation.core import static, Stopwatch
+from ..foundation.processes import copy_from_first, own_tensors, unwrapped
 from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/06_distillation/10_session.ipynb #788af31c
@@ -97,7 +98,8 @@ def replace_teacher(
             )
         if made is self.student:
             raise ValueError("make_teacher: gave the student; make a new network in every call")
-        self.teacher = made.to(model_device(self.student))
+        self.teacher = unwrapped(made).to(model_device(self.student))
+        copy_from_first(own_tensors(self.teacher))
     check_trainable('teacher', self.teacher)
     check_teacher(self.teacher, self.student, self.data.samples.first, self.objective.forward)
     self.views = None  # they were those of another network

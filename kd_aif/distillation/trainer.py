@@ -23,10 +23,12 @@ from .checkpoint import as_checkpoint, Checkpoint
 from .forward_passes import teacher_forward, training_forwards
 from .moving_average import MovingAverage
 from .objective import Objective
+from .shared_training import shared_training, SharedTraining
 from ..foundation.batches import batch_size, model_device, set_epoch
 from ..foundation.checks import check_autocast, check_function, check_seed, check_switch
-from ..foundation.core import bar_options, check_positive, check_whole, set_random_state
+from ..foundation.core import check_positive, check_whole, set_random_state
 from ..foundation.losses import weighted_mean
+from ..foundation.processes import first_bar
 from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #fc667060
@@ -72,10 +74,14 @@ def parameters(self: Trainer) -> list[Tensor]:
 def update(
     self: Trainer,
     loss: Tensor,  # () loss of one batch, with graph
+    shared: SharedTraining | None = None,  # of one's own rows, where several processes train
 ) -> None:
     "One step down the gradient, and one of the schedule"
     self.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    if shared is None:
+        loss.backward()
+    else:
+        shared.backward(loss, self.model, self.parameters)
     self.descend()
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #ab12aa6f
@@ -236,10 +242,11 @@ def step(
     batch: dict,  # on the model's device
     loss: Callable,  # loss(outputs, batch) -> (b,)
     epoch: int,  # number of the epoch, from 0
+    shared: SharedTraining | None = None,  # see `Trainer.update`
 ) -> tuple[Tensor, Tensor]:  # (b, C) logits, (b,) losses, both without graph
     "One update under the weights"
     logits, losses, mean = self.weighted_loss(batch, loss, epoch)
-    self.update(mean)
+    self.update(mean, shared)
     return logits, losses
 
 # %% ../../nbs/06_distillation/04_trainer.ipynb #d97c9740
@@ -258,13 +265,14 @@ class Fit:
     ):
         self.model, self.teacher, self.data, self.weights = model, teacher, data, weights
         self.objective, self.training = objective, training
+        self.shared, self.sums = shared_training(training.seed, model, teacher), None
         outputs, forward = training_forwards(objective, training)
         auxiliary, steps = objective.auxiliary, training.epochs * data.n_batches
         loss_module = auxiliary.loss if auxiliary is not None else None
         self.trainer = WeightedTrainer(model, outputs, weights, training, steps, loss_module)
         self.teacher_trainer = WeightedTrainer(teacher, forward, weights, training, steps) if joint else None
         self.ask = teacher_forward(teacher, data, training, objective, outputs, forward, joint)
-        self.plan, self.sums = plan_batches(data.batches, model_device(model)), None
+        self.plan = plan_batches(data.batches, model_device(model))
         self.captured = capture_fit(self)
         self.history, self.random_state = [], None  # of the epochs that are done
 
@@ -314,8 +322,9 @@ def train_batch(
     if self.objective.teacher_update is not None:
         self.objective.teacher_update(self, batch, epoch)
     for trainer, loss_of in self.learners():
-        logits, losses = trainer.step(batch, loss_of(batch), epoch)
-    self.count(logits, losses, batch['y'])
+        logits, losses = trainer.step(batch, loss_of(batch), epoch, self.shared)
+    rows = slice(None) if self.shared is None else self.shared.counted
+    self.count(logits[rows], losses[rows], batch['y'][rows])
     if hasattr(self.objective.label_loss, 'after_step'):
         self.objective.label_loss.after_step(logits, batch)
     return logits, losses
@@ -327,7 +336,11 @@ def train_recipe(
     recipe: dict,  # of a batch, see `plan_batches`
     epoch: int,  # number of the epoch, from 0
 ) -> None:
-    "One step of every network that learns: replayed if it is recorded, else as it is"
+    "One step of every network that learns: shared, replayed if it is recorded, or as it is"
+    if self.shared is not None:
+        with self.shared.step(recipe) as own:
+            self.train_batch(self.plan.make(own), epoch)
+        return
     recording = None if self.captured is None else self.captured.recording(recipe)
     if recording is None:
         if self.training.capture and self.captured.failure is not None:
@@ -342,6 +355,8 @@ def train_recipe(
 def _all_batches(self: Fit, number):
     "A step for every batch; the number of samples"
     set_epoch(self.data.batches, number)
+    if self.shared is not None:
+        self.shared.begin_epoch(number)
     for part in self.sums or ():
         part.zero_()
     if self.captured is not None:
@@ -361,10 +376,11 @@ def train_epoch(
 ) -> dict:  # 'epoch', 'phase', mean 'loss' and, with classes, 'accuracy' of the training batches
     "All batches once; raises `ValueError` for unknown samples and for a loss that is not finite"
     n = self._all_batches(number)
+    sums = self.sums if self.shared is None else self.shared.end_epoch(self.sums)
     for part in (self.weights, self.objective.label_loss):
         if hasattr(part, 'check'):
             part.check()
-    means = (float(part) / n for part in self.sums)
+    means = (float(part) / n for part in sums)
     line = dict(epoch=number, phase=phase) | dict(zip(('loss', 'accuracy'), means))
     if not math.isfinite(line['loss']):
         lr = self.training.lr
@@ -381,7 +397,7 @@ def run(
 ) -> list[dict]:  # one line per epoch, see `Fit.train_epoch`
     "All epochs; the model ends in eval mode"
     done, epochs = len(self.history), self.training.epochs
-    options = dict(desc=phase, initial=done, total=epochs) | bar_options(self.training.progress)
+    options = dict(desc=phase, initial=done, total=epochs) | first_bar(self.training.progress)
     with torch.random.fork_rng(), tqdm(range(done, epochs), **options) as bar:
         torch.manual_seed(self.training.seed)
         if self.random_state is not None:

@@ -29,6 +29,7 @@ from .algorithms import Algorithm, SSLStep, StepOutput
 from .batches import SSLBatches, UnlabelledImages, VIEWS
 from .settings import fine_tune, ssl_trainer, SSLTraining
 from ..foundation.core import bar_options, generator, Stopwatch
+from ..foundation.processes import check_alone
 
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #4766ba60
 @dataclass(frozen=True, eq=False, repr=False)
@@ -91,6 +92,7 @@ def _config(student, algorithm, batches, training, weights):
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #67907113
 def _check_ssl(student, algorithm, batches, training, weights):
     "Algorithm, weights and student must fit data and settings"
+    check_alone('train_ssl')
     if not isinstance(algorithm, Algorithm):
         raise TypeError(
             f"algorithm is {algorithm!r}; give an object such as FixMatch(), or one made by ALGORITHMS[name]()"

@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
+from ..foundation.processes import dealt_batches, gather_parts
 from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #003c8835
@@ -224,16 +225,18 @@ class _Outputs:
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #1a631193
 def _outputs(flat, batches):
     "The model's `_Outputs` for all samples"
-    parts = []
+    parts = {}
     with torch.no_grad():
-        for batch in batches:
-            batch = flat.prepare(batch)
-            z = flat.logits(flat.parameters(), batch)
-            losses = check_losses(flat.loss(z, batch), len(z))
-            parts.append((z, losses, batch['index'], class_groups(batch['y'])))
-    if not parts:
+        for k, batch, own in dealt_batches(batches):
+            if own:
+                batch = flat.prepare(batch)
+                z = flat.logits(flat.parameters(), batch)
+                losses = check_losses(flat.loss(z, batch), len(z))
+                parts[k] = z, losses, batch['index'], class_groups(batch['y'])
+    found = gather_parts(parts, flat.device)
+    if not found:
         raise ValueError("batches: no sample; give at least one batch, in a list or another re-iterable")
-    return _Outputs(*map(torch.cat, zip(*parts)))
+    return _Outputs(*found)
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #55efbf17
 def _without_fold(val, fold, k):

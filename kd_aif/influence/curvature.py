@@ -17,6 +17,7 @@ from torch.func import functional_call
 from ..foundation.batches import to_device
 from ..foundation.core import generator
 from ..foundation.losses import batch_cross_entropy
+from ..foundation.processes import is_sharded, own_shares, sum_over_processes
 from .forward_mode import directional_derivative, measuring
 from .logit_hessians import logit_hessian_product
 from ..models.features import default_forward
@@ -65,6 +66,15 @@ def _chosen(model, names):
         raise ValueError("names: no parameter to differentiate; the model has none with requires_grad=True")
     return {n: known[n] for n in names}
 
+# %% ../../nbs/04_influence/02_curvature.ipynb #0a389de2
+def _check_whole(model):
+    "Raise `TypeError` for a model whose parameters are spread over processes"
+    if is_sharded(model):
+        raise TypeError(
+            "model: its parameters are spread over the processes (fully_shard), but all layers are asked for; "
+            "use last_layer=True, or give the model in one piece"
+        )
+
 # %% ../../nbs/04_influence/02_curvature.ipynb #96fbead4
 class FlatModel:
     "A model and its per-sample loss as functions of one flat parameter vector"
@@ -76,6 +86,7 @@ class FlatModel:
         forward: Callable | None = None,  # forward(model, batch) -> (b, c) logits; default model(batch['x'])
         names: Iterable[str] | None = None,  # which parameters; default all that require a gradient
     ):
+        _check_whole(model)
         chosen = _chosen(model, names)
         half = (dtype := _precision(chosen.values())) in (torch.float16, torch.bfloat16)
         self.model, self.loss = _in_single_precision(model) if half else model, loss
@@ -195,6 +206,11 @@ def losses(
     return self.loss(self.logits(theta, batch), batch)
 
 # %% ../../nbs/04_influence/02_curvature.ipynb #6313e2fd
+def _over_processes(total, n):
+    "Sum and number of samples of all processes"
+    return sum_over_processes(total), int(sum_over_processes(torch.tensor(n)))
+
+# %% ../../nbs/04_influence/02_curvature.ipynb #24d9128b
 def mean_gradient(
     flat: FlatModel,  # model and loss
     batches: Iterable[dict],  # samples to average over
@@ -202,11 +218,12 @@ def mean_gradient(
     "Gradient of the mean per-sample loss; raises `ValueError` when there is no sample"
     total, n = torch.zeros(flat.size, dtype=flat.dtype, device=flat.device), 0
     with measuring(flat.model), torch.enable_grad():
-        for batch in batches:
+        for batch in own_shares(batches):
             leaves = {k: p.requires_grad_() for k, p in flat.parameters().items()}
             losses = flat.losses(leaves, flat.prepare(batch))
             gradient = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
             total, n = total + flat.flatten(gradient), n + len(losses)
+    total, n = _over_processes(total, n)
     if n == 0:
         raise ValueError(
             "batches: no sample to average over; give at least one batch, in a list or another re-iterable"
@@ -256,9 +273,10 @@ def __matmul__(
         return torch.stack([self @ column for column in v.T], 1)
     tangents, total, n = self.flat.tangents(v), torch.zeros_like(v), 0
     with measuring(self.flat.model):
-        for batch in self.batches:
+        for batch in own_shares(self.batches):
             product, b = self._product(self.flat, self.flat.prepare(batch), tangents)
             total, n = total + product, n + b
+    total, n = _over_processes(total, n)
     if n == 0:
         raise ValueError(
             "batches: no sample for the curvature; give at least one batch, in a list or another re-iterable"

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..foundation.batches import batch_rows, batch_size
-from ..foundation.core import bar_options
+from ..foundation.processes import dealt_batches, first_bar, gather_parts
 from .curvature import FlatModel
 from .forward_mode import directional_derivative, double_vjp, measuring
 from .sampled_rows import gradient_pieces
@@ -160,6 +160,13 @@ def _known_losses(losses, start, batch, device):
         )
     return known
 
+# %% ../../nbs/04_influence/07_directional.ipynb #7d3e23bf
+def _gathered(parts, device):
+    "Scores and index of all batches, on the CPU; raises `ValueError` where there is no sample"
+    if found := gather_parts(parts, device):
+        return tuple(t.cpu() for t in found)
+    raise ValueError("batches: no sample to score; give at least one batch, in a list or another re-iterable")
+
 # %% ../../nbs/04_influence/07_directional.ipynb #11187ff2
 def directional_scores(
     flat: FlatModel,  # model and per-sample training loss
@@ -171,16 +178,15 @@ def directional_scores(
 ) -> tuple[Tensor, Tensor]:  # (n,) or (n, k) derivative of each sample's loss along s, and (n,) their index
     "sᵀ∇ℓ_i of every sample, batch by batch; raises `ValueError` for an unknown `mode`, or scores not finite"
     check_mode(mode)
-    values, index, scorer, start = [], [], None, 0
+    parts, scorer, start = {}, None, 0
     with measuring(flat.model), torch.no_grad():
-        for batch in tqdm(batches, desc='scoring', leave=False, **bar_options(progress)):
-            batch = flat.prepare(batch)
-            scorer = scorer or _scorer(flat, batch, s, mode, losses)
-            values.append(scorer(batch, _known_losses(losses, start, batch, flat.device)))
-            index.append(batch['index'])
+        bar = tqdm(batches, desc='scoring', leave=False, **first_bar(progress))
+        for k, batch, own in dealt_batches(bar):
+            if own or scorer is None:
+                batch = flat.prepare(batch)
+                scorer = scorer or _scorer(flat, batch, s, mode, losses)
+            if own:
+                parts[k] = scorer(batch, _known_losses(losses, start, batch, flat.device)), batch['index']
             start += batch_size(batch)
-    if not values:
-        raise ValueError(
-            "batches: no sample to score; give at least one batch, in a list or another re-iterable"
-        )
-    return check_finite(torch.cat(values).cpu()), torch.cat(index).cpu()
+    values, index = _gathered(parts, flat.device)
+    return check_finite(values), index

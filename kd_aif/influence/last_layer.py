@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #8ae04bb4
 from ..foundation.batches import batch_rows, check_order, find_positions, sample_mask, to_device
-from ..foundation.core import bar_options, generator
+from ..foundation.core import generator
 from ..foundation.reprs import ShortRepr
 from ..foundation.splits import class_groups
 from kd_aif.influence.call_checks import (
@@ -33,11 +33,23 @@ from .curvature import FlatModel
 from .forward_mode import measuring
 from .iterative_solvers import CG
 from .logit_hessians import hessian_roots, logit_hessians
-from .logit_products import DENSE_CLASSES, join_hessians, LogitProducts, loss_part
+from .logit_products import DENSE_CLASSES, join_hessians, LogitProducts, loss_part, LossPart
 from .many_classes import ClasswiseKFAC, ManyClassGaussNewton
 from .sampled_rows import gradient_pieces, root_rows, Rows
 from .solvers import Exact, Woodbury
 from ..models.features import default_forward, features_and_logits, last_linear
+
+# %% ../../nbs/04_influence/08_last_layer.ipynb #75d67b81
+from kd_aif.foundation.processes import (
+    current_processes,
+    dealt_batches,
+    first_bar,
+    gather_parts,
+    is_sharded,
+    own_shares,
+    sum_over_processes,
+    unwrapped,
+)
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #cc7cc780
 TARGETS = ('mean', 'class', 'posterior', 'sample')
@@ -62,10 +74,10 @@ def class_gradients(
     "Gradient of the mean validation loss over each class's samples"
     total = torch.zeros(flat.size, n_classes, dtype=flat.dtype, device=flat.device)
     count = torch.zeros(n_classes, dtype=flat.dtype, device=flat.device)
-    for piece, gradients in _gradients(flat, batches):
+    for piece, gradients in _gradients(flat, own_shares(batches)):
         total.index_add_(1, piece['y'], gradients.T)
         count += torch.bincount(piece['y'], minlength=n_classes)
-    return total / count.clamp_min(1)
+    return sum_over_processes(total) / sum_over_processes(count).clamp_min(1)
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #7d3a62fc
 def _first_batch(name, batches):
@@ -240,6 +252,44 @@ def _check_first(name, loss, logits, batch):
     check_loss(loss, logits, batch)
     return logits.shape[1]
 
+# %% ../../nbs/04_influence/08_last_layer.ipynb #own-parts-1
+def _own_parts(model, loss, batches, dealt, forward, chosen, name):
+    "Features, logits and derivatives of each batch of this process, by its number, and the number of all samples"
+    parts, layer, n = {}, None, 0
+    device = next(model.parameters()).device
+    with measuring(model), torch.no_grad():
+        for k, batch, own in dealt:
+            if own:
+                batch = to_device(batch, device)
+                layer = layer or _classifier(model, batch, forward)
+                h, z = _layer_input(*features_and_logits(model, batch, forward), layer)
+                batches.n_classes = z.shape[1] if parts else _check_first(name, loss, z, batch)
+                parts[k] = (h, z, *_derivatives(loss, z, batch, chosen, n))
+            n += len(batch['index'])
+    return parts, n
+
+# %% ../../nbs/04_influence/08_last_layer.ipynb #own-parts-3
+def _all_products(products, loss, n):
+    "`LogitProducts` of n samples; raises `ValueError` for a loss without closed form in several processes"
+    if current_processes().alone:
+        return join_hessians(*products)
+    if terms := getattr(loss, 'softmax_terms', None):
+        return LogitProducts(LossPart(n, tuple(terms))) if n else LogitProducts()
+    raise ValueError(
+        f"loss: with more than {DENSE_CLASSES} classes its curvature cannot be shared by several processes; give it "
+        "the attribute softmax_terms, or score in one process"
+    )
+
+# %% ../../nbs/04_influence/08_last_layer.ipynb #own-parts-5
+def _gathered(parts, loss, device, together):
+    "The fields of a view, from the batches of all processes"
+    products = [p[4] for p in parts.values() if isinstance(p[4], LogitProducts)]
+    counted = {k: torch.zeros(len(p[4]), device=device) if isinstance(p[4], LogitProducts) else p[4] for k, p in parts.items()}
+    fields = list(gather_parts({k: (*p[:4], counted[k], *p[5:]) for k, p in parts.items()}, device, together))
+    if fields[1].shape[1] > DENSE_CLASSES:
+        fields[4] = _all_products(products, loss, len(fields[4]))
+    return fields
+
 # %% ../../nbs/04_influence/08_last_layer.ipynb #635371f4
 def last_layer_view(
     model: nn.Module,  # the model; its last linear layer gives the logits
@@ -252,19 +302,14 @@ def last_layer_view(
     name: str = 'batches',  # how the samples are called in messages
 ) -> LastLayerView:  # on the CPU or the model's device
     "One forward pass that keeps features, logits and the loss's derivatives at the logits"
-    device, layer, parts, n = next(model.parameters()).device, None, [], 0
-    batches = as_checked(name, batches)
+    model, device = unwrapped(model), next(model.parameters()).device
+    batches, together = as_checked(name, batches), is_sharded(model)
     chosen = _hessian_mask(name, batches.batches, max_hessians, n_samples)
-    with measuring(model), torch.no_grad():
-        for batch in tqdm(batches, desc='last layer', leave=False, **bar_options(progress)):
-            batch = to_device(batch, device)
-            layer = layer or _classifier(model, batch, forward)
-            h, z = _layer_input(*features_and_logits(model, batch, forward), layer)
-            batches.n_classes = z.shape[1] if parts else _check_first(name, loss, z, batch)
-            parts.append((h, z, *_derivatives(loss, z, batch, chosen, n)))
-            n += len(batch['index'])
+    bar = tqdm(batches, desc='last layer', leave=False, **first_bar(progress))
+    dealt = dealt_batches(bar, together)
+    parts, n = _own_parts(model, loss, batches, dealt, forward, chosen, name)
     _check_count(name, n_samples, n)
-    return _finite(LastLayerView(*(join_hessians(*p) for p in zip(*parts))), name)
+    return _finite(LastLayerView(*_gathered(parts, loss, device, together)), name)
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #56fc2081
 @patch

@@ -26,6 +26,7 @@ from ..foundation.batches import check_order, sample_batches
 from ..foundation.checks import check_network, check_switch
 from ..foundation.core import atomic_path, wall_seconds
 from .call_checks import check_scored, CheckedBatches, first_check
+from ..foundation.processes import dealt_batches, gather_parts, unwrapped
 from .curvature import FlatModel, GaussNewton, mean_gradient
 from .directional import check_finite, check_mode, directional_scores
 from .forward_mode import measuring
@@ -162,6 +163,7 @@ def _measured(function):
     @wraps(function)
     def run(model, *args, **kwargs):
         check_network('model', model)
+        model = unwrapped(model)
         with torch.inference_mode(False), measuring(model), torch.enable_grad():
             return function(model, *args, **kwargs)
 
@@ -315,10 +317,13 @@ def _target_gradient(flat, val, target, n_classes):
 # %% ../../nbs/04_influence/09_scores.ipynb #65088be9
 def _probabilities(flat, batches):
     "(n, C) the model's own probabilities, and (n,) index"
-    prepared = map(flat.prepare, batches)
+    parts = {}
     with measuring(flat.model), torch.no_grad():
-        parts = [(flat.logits(flat.parameters(), b).softmax(-1).cpu(), b['index'].cpu()) for b in prepared]
-    return tuple(torch.cat(p) for p in zip(*parts))
+        for k, batch, own in dealt_batches(batches):
+            if own:
+                batch = flat.prepare(batch)
+                parts[k] = flat.logits(flat.parameters(), batch).softmax(-1).cpu(), batch['index'].cpu()
+    return gather_parts(parts, 'cpu')
 
 # %% ../../nbs/04_influence/09_scores.ipynb #23bcdec6
 def _posterior_mean(values, index, flat, batches):
