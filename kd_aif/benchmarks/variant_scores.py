@@ -24,8 +24,9 @@ from ..foundation.losses import batch_cross_entropy
 from ..foundation.splits import stratified_folds
 from ..influence.cross_scores import cross_scores, CrossScores, Scoring
 from ..influence.curvature import GaussNewton
-from ..influence.last_layer import _max_hessians, last_layer_solver, last_layer_view
-from ..influence.last_layer import last_layer_curvature
+from ..influence.last_layer import last_layer_view
+from ..influence.last_layer_curvature import _max_hessians, last_layer_solver
+from ..influence.last_layer_curvature import last_layer_curvature
 from ..influence.logit_products import join_hessians
 from ..influence.scores import all_layer_solver
 from ..rivals.fixed_weights import self_influence_cross

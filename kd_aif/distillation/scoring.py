@@ -21,7 +21,8 @@ from ..foundation.core import evaluating
 from ..foundation.reprs import ShortRepr
 from ..influence.cross_scores import cross_scores, CrossScores, last_layer_views, Scoring
 from ..influence.iterative_solvers import CG
-from ..influence.last_layer import last_layer_curvature, last_layer_solver, last_layer_view
+from ..influence.last_layer import last_layer_view
+from ..influence.last_layer_curvature import last_layer_curvature, last_layer_solver
 from ..influence.used_solves import used_solution
 from ..influence.scores import all_layer_scores, AllLayerOptions, influence_scores, InfluenceScores
 from ..models.features import last_linear

@@ -18,12 +18,8 @@ from ..foundation.reprs import ShortRepr
 from ..foundation.splits import stratified_folds
 from ..influence.call_checks import CheckedBatches
 from ..influence.used_solves import used_solution
-from kd_aif.influence.last_layer import (
-    last_layer_curvature,
-    last_layer_solver,
-    last_layer_view,
-    LastLayerView,
-)
+from ..influence.last_layer import last_layer_view, LastLayerView
+from ..influence.last_layer_curvature import last_layer_curvature, last_layer_solver
 from ..models.features import default_forward
 
 # %% ../../nbs/08_few_labels/09_label_calibration.ipynb #be24e61d

@@ -26,7 +26,8 @@ from ..foundation.core import check_fraction, check_positive, check_whole
 from ..foundation.losses import batch_cross_entropy
 from ..models.features import default_forward
 from ..distillation.moving_average import moving_average
-from ..distillation.trainer import fused_on_gpu, Trainer
+from ..distillation.trainer import Trainer
+from ..distillation.optimizers import fused_on_gpu
 
 # %% ../../nbs/08_few_labels/04_settings.ipynb #e5e3f34e
 def cosine_share(

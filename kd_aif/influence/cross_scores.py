@@ -27,15 +27,8 @@ from .curvature import FlatModel, GaussNewton, mean_gradient
 from .directional import check_finite, directional_scores
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #4004daee
-from kd_aif.influence.last_layer import (
-    _max_hessians,
-    class_gradients,
-    LAST_LAYER,
-    last_layer_curvature,
-    last_layer_solver,
-    last_layer_view,
-    LastLayerView,
-)
+from .last_layer import class_gradients, LAST_LAYER, last_layer_view, LastLayerView
+from .last_layer_curvature import _max_hessians, last_layer_curvature, last_layer_solver
 from kd_aif.influence.scores import (
     _check_precision,
     _measured,

@@ -37,14 +37,12 @@ from kd_aif.influence.last_layer import (
     _check_target,
     _first_batch,
     _gradients,
-    _max_hessians,
     class_gradients,
     HALF,
     LAST_LAYER,
-    last_layer_curvature,
-    last_layer_solver,
     last_layer_view,
 )
+from .last_layer_curvature import _max_hessians, last_layer_curvature, last_layer_solver
 from .sampled_rows import affordable_rows
 from .scored_parameters import scored_parameters
 from .solver_settings import check_solver
@@ -82,7 +80,7 @@ def _repr_markdown_(self: InfluenceScores):
         + (self.note and f'; {self.note}')
     )
 
-# %% ../../nbs/04_influence/09_scores.ipynb #40a269c2
+
 @patch
 def __repr__(self: InfluenceScores):
     return self._repr_markdown_()

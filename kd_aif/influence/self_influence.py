@@ -23,14 +23,8 @@ from .curvature import FlatModel, GaussNewton
 from .directional import check_finite
 
 # %% ../../nbs/04_influence/09b_self_influence.ipynb #ef307409
-from kd_aif.influence.last_layer import (
-    _first_batch,
-    _gradients,
-    _max_hessians,
-    LAST_LAYER,
-    last_layer_curvature,
-    last_layer_view,
-)
+from .last_layer import _first_batch, _gradients, LAST_LAYER, last_layer_view
+from .last_layer_curvature import _max_hessians, last_layer_curvature
 from kd_aif.influence.scores import (
     _check_precision,
     _measured,

@@ -23,12 +23,8 @@ from ..foundation.losses import batch_cross_entropy
 from ..foundation.reprs import ShortRepr
 from ..foundation.splits import stratified_folds
 from ..influence.used_solves import used_solution
-from kd_aif.influence.last_layer import (
-    last_layer_curvature,
-    last_layer_solver,
-    last_layer_view,
-    LastLayerView,
-)
+from ..influence.last_layer import last_layer_view, LastLayerView
+from ..influence.last_layer_curvature import last_layer_curvature, last_layer_solver
 from ..models.features import default_forward
 
 # %% ../../nbs/05_weights/05_class_weights.ipynb #0748af85

@@ -10,7 +10,8 @@ from torch.func import hessian, jacrev
 from kd_aif.foundation.core import evaluating
 from kd_aif.influence.curvature import FlatModel, GaussNewton
 from kd_aif.influence.logit_hessians import logit_roots
-from kd_aif.influence.last_layer import LastLayerGaussNewton, last_layer_view
+from kd_aif.influence.last_layer import last_layer_view
+from kd_aif.influence.last_layer_curvature import LastLayerGaussNewton
 from kd_aif.influence.kronecker import (
     kronecker_inverse,
     kronecker_names,

@@ -4,7 +4,8 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from kd_aif.influence.cross_scores import last_layer_views
-from kd_aif.influence.last_layer import LastLayerGaussNewton, last_layer_view
+from kd_aif.influence.last_layer import last_layer_view
+from kd_aif.influence.last_layer_curvature import LastLayerGaussNewton
 from kd_aif.foundation.losses import batch_cross_entropy
 from kd_aif.data.training_set import TrainingSet
 from kd_aif.foundation.splits import stratified_folds
