@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+# %% ../../nbs/02_data/07_mixed_batches.ipynb #11716da6
 from kd_aif.foundation.batches import (
     batch_rows,
     batch_size,

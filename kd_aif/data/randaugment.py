@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as vision
 
+# %% ../../nbs/02_data/05_randaugment.ipynb #7ec0b44d
 from .augment import augmentation_for
 from ..foundation.batches import upload
 from ..foundation.core import check_fraction, check_whole

@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+# %% ../../nbs/02_data/13_text_batches.ipynb #6ad3af89
 from .mixed_batches import _Chained
 from .text_files import read_texts
 from .texts import TextData

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+# %% ../../nbs/02_data/10_text_files.ipynb #83600dbe
 from .images import content_hash
 from .sources import _bars_of_datasets
 from .texts import TextData

@@ -16,6 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+# %% ../../nbs/02_data/12_tokens.ipynb #1b2950a1
 from .images import content_hash
 from .sources import _cached
 from .texts import TextData

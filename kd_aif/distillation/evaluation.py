@@ -13,6 +13,7 @@ from scipy import stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import nn, Tensor
 
+# %% ../../nbs/06_distillation/03_evaluation.ipynb #9558ffbb
 from ..foundation.batches import model_device, to_device
 from ..foundation.core import evaluating
 from ..foundation.losses import kd_loss, squared_difference

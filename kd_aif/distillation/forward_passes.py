@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+# %% ../../nbs/06_distillation/03c_forward_passes.ipynb #629d7bc0
 from ..data.mixed_batches import is_deterministic
 from ..data.training_set import TrainingSet
 from .objective import autocast_forward, Objective

@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+# %% ../../nbs/06_distillation/09b_progress.ipynb #400ada0d
 from kd_aif.distillation.checkpoint import (
     Checkpoint,
     describe,

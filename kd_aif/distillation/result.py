@@ -13,6 +13,7 @@ import pandas as pd
 from fastcore.basics import patch
 from torch import nn, Tensor
 
+# %% ../../nbs/06_distillation/09_result.ipynb #456dc87a
 from ..data.texts import TextData
 from .evaluation import agreement, evaluate, output_metrics, predict
 from .run_weights import RunWeights

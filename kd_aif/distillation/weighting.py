@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
+# %% ../../nbs/06_distillation/05_weighting.ipynb #bfadc0d1
 from ..data.training_set import read_samples, TrainingSet
 from ..foundation.batches import find_positions
 from ..foundation.checks import check_function, check_instance, check_switch

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn, Tensor
 
+# %% ../../nbs/01_foundation/07_processes.ipynb #2f21ad49
 from .batches import batch_rows, batch_size
 from .core import bar_options, check_positive
 

@@ -218,8 +218,7 @@ def check_class_labels(
 def check_different(
     name: str,  # how the batches are called in messages
     index: Tensor,  # (n,) of all samples
-    held_out: Tensor
-    | None = None,  # (n,) bool: validation samples, which may share an index with a training sample
+    held_out: Tensor | None = None,  # (n,) bool: validation samples, which may share a training sample's index
 ) -> None:
     "Make sure that no index comes twice in one pass; else ValueError."
     keys = index if held_out is None else 2 * index + held_out.to(index)
@@ -318,8 +317,7 @@ def first_check(
     model: nn.Module,  # used in eval mode
     loss: Callable,  # loss(logits, batch) -> (b,)
     forward: Callable | None = None,  # forward(model, batch) -> logits; default model(batch['x'])
-    prepare: Callable
-    | None = None,  # prepare(batch) -> batch as the network takes it; default: on its device
+    prepare: Callable | None = None,  # prepare(batch) -> batch for the network; default: on its device
 ) -> Callable:  # first(batch) -> number of classes, for `CheckedBatches`
     "A check of outputs and losses of a few samples of a batch, and of all its labels"
     device = next(model.parameters()).device

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.func import functional_call
 
+# %% ../../nbs/04_influence/02_curvature.ipynb #30fdcf83
 from ..foundation.batches import to_device
 from ..foundation.core import generator
 from ..foundation.losses import batch_cross_entropy

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+# %% ../../nbs/04_influence/07_directional.ipynb #33f47287
 from ..foundation.batches import batch_rows, batch_size
 from ..foundation.processes import dealt_batches, first_bar, gather_parts
 from .curvature import FlatModel

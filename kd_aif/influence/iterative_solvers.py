@@ -9,12 +9,14 @@ __all__ = ['first_residual', 'unsolved', 'CG', 'split_inverse', 'RowsCurvature',
 # %% ../../nbs/04_influence/06_iterative_solvers.ipynb #fa27b2e7
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+# %% ../../nbs/04_influence/06_iterative_solvers.ipynb #bb4460da
 from ..foundation.core import generator
 from .sampled_rows import Rows, StreamedRows
 from .solver_settings import SolverSettings
@@ -138,6 +140,19 @@ def solve(
     residual, spent = float(relative_residuals(r, B).max()), spent + used + steps
     return Solution(x.reshape(b.shape), residual, spent, perf_counter() - start, lam, note, M)
 
+# %% ../../nbs/04_influence/06_iterative_solvers.ipynb #b2e0292a
+def _split(rows, lam, L, Q1, Q2, small, v):
+    "The formula, for v (P, k)"
+    forward = lambda x: rows.forward(x).double()
+    backward = lambda c: rows.backward(c.to(v.dtype))
+    first = Q1.T @ forward(v)
+    rest = v - backward(Q1 @ first)
+    products = forward(rest)
+    second = Q1.T @ products
+    rest = rest - backward(Q1 @ second + Q2 @ (Q2.T @ products / small))
+    third = Q1.T @ forward(rest)
+    return rest / lam - backward(Q1 @ (third / lam - (first + second) / (L + lam)))
+
 # %% ../../nbs/04_influence/06_iterative_solvers.ipynb #36c6efb8
 def split_inverse(
     rows: Rows,  # U
@@ -151,20 +166,7 @@ def split_inverse(
     values, Q = torch.linalg.eigh(gram)
     large = values > 1e3 * lam
     L, Q1, Q2 = values[large, None], Q[:, large] / values[large].sqrt(), Q[:, ~large]
-    small = values[~large, None].clamp_min(0) + lam
-
-    def apply(v):
-        forward = lambda x: rows.forward(x).double()
-        backward = lambda c: rows.backward(c.to(v.dtype))
-        first = Q1.T @ forward(v)
-        rest = v - backward(Q1 @ first)
-        products = forward(rest)
-        second = Q1.T @ products
-        rest = rest - backward(Q1 @ second + Q2 @ (Q2.T @ products / small))
-        third = Q1.T @ forward(rest)
-        return rest / lam - backward(Q1 @ (third / lam - (first + second) / (L + lam)))
-
-    return apply
+    return partial(_split, rows, lam, L, Q1, Q2, values[~large, None].clamp_min(0) + lam)
 
 # %% ../../nbs/04_influence/06_iterative_solvers.ipynb #2fce9233
 class RowsCurvature:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn, Tensor
 
+# %% ../../nbs/04_influence/04_kronecker.ipynb #613a7b67
 from ..foundation.batches import batch_rows, batch_size
 from ..foundation.core import generator
 from .curvature import FlatModel

@@ -95,9 +95,7 @@ class LastLayerView(ShortRepr):
     logits: Tensor  # (n, C)
     losses: Tensor  # (n,) loss of each sample
     logit_gradient: Tensor  # (n, C) gradient of the loss with respect to the logits
-    logit_hessians: (
-        Tensor | LogitProducts
-    )  # (m, C, C) its Hessian, for m of the samples; products above 32 classes
+    logit_hessians: Tensor | LogitProducts  # (m, C, C) its Hessian, for m samples; products above 32 classes
     hessian_rows: Tensor  # (m,) positions of these samples
     index: Tensor  # (n,) stable index
     y: Tensor  # (n,) given labels; zeros where they are real numbers
@@ -279,9 +277,10 @@ def _all_products(products, loss, n):
 def _gathered(parts, loss, device, together):
     "The fields of a view, from the batches of all processes"
     products = [p[4] for p in parts.values() if isinstance(p[4], LogitProducts)]
-    counted = {k: torch.zeros(len(p[4]), device=device) if isinstance(p[4], LogitProducts) else p[4] for k, p in parts.items()}
-    fields = list(gather_parts({k: (*p[:4], counted[k], *p[5:]) for k, p in parts.items()}, device, together))
-    if fields[1].shape[1] > DENSE_CLASSES:
+    count = lambda h: torch.zeros(len(h), device=device) if isinstance(h, LogitProducts) else h
+    counted = {k: (*p[:4], count(p[4]), *p[5:]) for k, p in parts.items()}
+    fields = list(gather_parts(counted, device, together))
+    if fields and fields[1].shape[1] > DENSE_CLASSES:
         fields[4] = _all_products(products, loss, len(fields[4]))
     return fields
 

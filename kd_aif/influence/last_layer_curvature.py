@@ -41,13 +41,18 @@ class LastLayerGaussNewton:
             )
         self.size, self.matvecs = self.h.shape[1] * self.logit_hessians.shape[1], 0
 
-    def __matmul__(self, v):
-        "Product with a vector (C·d,) or with the columns of a matrix (C·d, k)"
-        c, d = self.logit_hessians.shape[1], self.h.shape[1]
-        u = torch.einsum('nd,cdk->nck', self.h, v.reshape(c, d, -1))
-        self.matvecs += u.shape[2]
-        product = torch.einsum('nck,nd->cdk', torch.bmm(self.logit_hessians, u), self.h)
-        return (product / len(self.h)).reshape(v.shape)
+# %% ../../nbs/04_influence/08b_last_layer_curvature.ipynb #e8f8867e
+@patch
+def __matmul__(
+    self: LastLayerGaussNewton,
+    v: Tensor,  # (C·d,), or (C·d, k)
+) -> Tensor:  # like v
+    "Product with a vector (C·d,) or with the columns of a matrix (C·d, k)"
+    c, d = self.logit_hessians.shape[1], self.h.shape[1]
+    u = torch.einsum('nd,cdk->nck', self.h, v.reshape(c, d, -1))
+    self.matvecs += u.shape[2]
+    product = torch.einsum('nck,nd->cdk', torch.bmm(self.logit_hessians, u), self.h)
+    return (product / len(self.h)).reshape(v.shape)
 
 # %% ../../nbs/04_influence/08b_last_layer_curvature.ipynb #a78fcda2
 @patch

@@ -85,7 +85,7 @@ def trace(self: ManyClassGaussNewton) -> float:  # sum of the eigenvalues
         total += float((part.diagonal(z, draw).sum(1) * (h**2).sum(1)).double().sum())
     return total / len(self.hessians)
 
-# %% ../../nbs/04_influence/07b_many_classes.ipynb #e58eeb1f
+# %% ../../nbs/04_influence/07b_many_classes.ipynb #0249fe01
 @patch
 def rows(
     self: ManyClassGaussNewton,
@@ -102,7 +102,7 @@ def rows(
         held.append(torch.einsum('kbc,bd->kbcd', w, h).reshape(-1, self.size))
     return Rows(torch.cat(held) / int(chosen.sum()) ** 0.5)
 
-
+# %% ../../nbs/04_influence/07b_many_classes.ipynb #e736d5bb
 @patch
 def dense(self: ManyClassGaussNewton) -> Tensor:  # (C·d, C·d)
     "The matrix itself"
@@ -123,7 +123,7 @@ def hessian(self: ManyClassGaussNewton) -> ManyClassGaussNewton:  # the same ope
 def classwise_factors(
     operator: ManyClassGaussNewton,  # the curvature
 ) -> tuple[Tensor, Tensor]:  # S (d, d) and a (C,), in double precision
-    "The factors of class-wise K-FAC, from one pass over the samples"
+    "The factors of class-wise K-FAC, from one pass over the samples; raises `ValueError` if they are not finite"
     draw, (c, d) = probe_signs(), operator.shape
     moments = operator.features.new_zeros(d, d, dtype=torch.float64)
     classes, traces = operator.features.new_zeros(c, dtype=torch.float64), 0.0
@@ -133,7 +133,19 @@ def classwise_factors(
         classes += ((h**2).sum(1) @ diagonal).double()
         traces += diagonal.double().sum()
     S = moments / traces
+    if not (torch.isfinite(S).all() and torch.isfinite(classes).all()):
+        raise ValueError("ClasswiseKFAC: a factor is not finite; check the model's weights and inputs for NaN")
     return S, classes / (len(operator.hessians) * S.trace())
+
+# %% ../../nbs/04_influence/07b_many_classes.ipynb #4029be66
+def _apply_blocks(Q, scale):
+    "v (C·d, k) -> Q·(scale ⊙ (QᵀV)) of each class"
+
+    def apply(v):
+        V = v.T.reshape(-1, *scale.shape)
+        return (((V @ Q) * scale) @ Q.T).reshape(len(V), -1).T
+
+    return apply
 
 # %% ../../nbs/04_influence/07b_many_classes.ipynb #7d9718dc
 @dataclass(frozen=True)
@@ -147,27 +159,12 @@ class ClasswiseKFAC:
         operator: ManyClassGaussNewton,  # the curvature
         lam: float,  # λ
     ) -> tuple[Callable, str]:  # v (C·d, k) -> (C·d, k), and a note in words
-        "(blocks + λI)⁻¹ as a function. Raises `ValueError` for factors that are not finite, and other operators"
+        "(blocks + λI)⁻¹ as a function; raises `ValueError` for other operators and factors that are not finite"
         if not isinstance(operator, ManyClassGaussNewton):
             raise ValueError(
-                f"ClasswiseKFAC needs a last layer with many classes, not {type(operator).__name__}; "
-                "use Woodbury() or KFAC() as the preconditioner"
+                f"ClasswiseKFAC needs a last layer with many classes, not {type(operator).__name__}; use Woodbury()"
             )
         S, a = classwise_factors(operator)
-        if not (torch.isfinite(S).all() and torch.isfinite(a).all()):
-            raise ValueError(
-                "ClasswiseKFAC: a factor is not finite; check the model's weights and inputs for NaN"
-            )
         values, Q = torch.linalg.eigh(S)
         scale = 1 / (torch.outer(a, values.clamp_min(0)) + lam).to(operator.features)
         return _apply_blocks(Q.to(operator.features), scale), 'class-wise K-FAC'
-
-# %% ../../nbs/04_influence/07b_many_classes.ipynb #4029be66
-def _apply_blocks(Q, scale):
-    "v (C·d, k) -> Q·(scale ⊙ (QᵀV)) of each class"
-
-    def apply(v):
-        V = v.T.reshape(-1, *scale.shape)
-        return (((V @ Q) * scale) @ Q.T).reshape(len(V), -1).T
-
-    return apply

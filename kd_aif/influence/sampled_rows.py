@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.func import grad, vmap
 
+# %% ../../nbs/04_influence/03_sampled_rows.ipynb #2f48e3c9
 from ..foundation.batches import batch_rows, batch_size, sample_batches, without_padding
 from ..foundation.core import generator
 from .curvature import FlatModel, GaussNewton

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+# %% ../../nbs/03_models/02_build.ipynb #808ab2be
 from ..foundation.core import atomic_path, generator
 from .architectures import ARCHITECTURES, BENCHMARK
 

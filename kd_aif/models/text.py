@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+# %% ../../nbs/03_models/04_text.ipynb #48b3b138
 from ..foundation.core import check_whole, generator
 
 # %% ../../nbs/03_models/04_text.ipynb #ad6d32e2

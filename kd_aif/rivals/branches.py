@@ -12,6 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
+# %% ../../nbs/07_rivals/15_branches.ipynb #25a51f08
 from ..foundation.core import check_positive, evaluating
 from ..foundation.losses import batch_cross_entropy
 from ..models.architectures import StagedNet

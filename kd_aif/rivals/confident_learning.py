@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+# %% ../../nbs/07_rivals/04_confident_learning.ipynb #6f98a7c5
 from ..data.mixed_batches import SubsetBatches
 from ..foundation.batches import eval_view, to_device
 from ..foundation.core import evaluating

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn, Tensor
 
+# %% ../../nbs/07_rivals/02_fixed_weights.ipynb #358cdee7
 from ..data.mixed_batches import MixedBatches
 from ..foundation.core import check_fraction, generator
 from ..influence.cross_scores import CrossScores

@@ -15,6 +15,7 @@ from torch import nn, Tensor
 from torch.func import functional_call
 from torch.nn.attention import sdpa_kernel, SDPBackend
 
+# %% ../../nbs/07_rivals/06_meta_weights.ipynb #9a939750
 from ..distillation.trainer import Step
 from ..foundation.batches import batch_rows, batch_size, merged, eval_view, to_device
 from ..foundation.core import check_positive, check_whole, generator

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
+# %% ../../nbs/07_rivals/14_online_teachers.ipynb #196b523a
 from ..foundation.core import check_positive, check_whole, generator
 from ..foundation.losses import check_logits, batch_cross_entropy
 from ..models.features import default_forward

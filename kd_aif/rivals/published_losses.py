@@ -12,6 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
+# %% ../../nbs/07_rivals/12_published_losses.ipynb #b2163e80
 from ..foundation.batches import to_device
 from ..foundation.core import evaluating, generator, is_static
 from .contrastive import CRD

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
+# %% ../../nbs/07_rivals/05_reweighting.ipynb #47c6f528
 from ..distillation.trainer import Step
 from ..foundation.batches import find_positions
 from ..foundation.core import check_positive, check_whole

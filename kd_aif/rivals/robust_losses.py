@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
+# %% ../../nbs/07_rivals/03_robust_losses.ipynb #85866f73
 from ..foundation.checks import check_number
 from ..foundation.core import check_fraction, check_positive
 from ..foundation.losses import batch_cross_entropy

@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+# %% ../../nbs/05_weights/03_calibration.ipynb #bca77d8f
 from ..foundation.splits import check_groups
 from ..foundation.core import check_fraction
 from .conformal import intervals_of_folds

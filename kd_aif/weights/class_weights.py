@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from scipy import stats
 from torch import nn, Tensor
 
+# %% ../../nbs/05_weights/05_class_weights.ipynb #c619da11
 from ..data.training_set import PilotSample, TrainingSet
 from ..foundation.batches import batch_rows, merged, eval_view, to_device
 from ..foundation.core import check_fraction, check_positive, check_whole, evaluating, generator

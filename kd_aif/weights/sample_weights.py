@@ -10,6 +10,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+# %% ../../nbs/05_weights/04_sample_weights.ipynb #d35b527e
 from ..data.training_set import TrainingSet
 from .calibration import calibrated_weights, DENSITIES
 from kd_aif.weights.transforms import (
