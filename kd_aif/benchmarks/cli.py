@@ -20,6 +20,7 @@ from .influence_tasks import InfluenceTask, RefitTask
 from .loop import loop_bench, loop_line, loop_table
 from .reference_libraries import REFERENCE_LIBRARIES
 from .rows import ROWS, SCORING, SOLVERS
+from .scale import all_layer_table, last_layer_table, scale_bench
 from .ssl_step import ssl_cost_bench, ssl_cost_line
 from ..experiments.options import check_folder, plain_errors
 from ..experiments.ssl_tasks import make_ssl_task
@@ -31,7 +32,7 @@ class BenchSettings:
     """Benchmark influence scores against exact ones, other libraries and retraining, one record per row;
     rows that have a record are skipped"""
 
-    what: str  # influence (cost), lds (retraining), loop (training), ssl (few labels) or full (full size)
+    what: str  # influence (cost), lds (retraining), loop, ssl (few labels), full (full size) or scale (growth)
     model: str = None  # network: cnn16 (default), resnet20, ...; loop: student; ssl, full: from the tier
     teacher: str = 'cnn32'  # loop: name of the teacher
     dataset: str = None  # data set, default cifar10 (full: from the tier); digits needs no files
@@ -133,8 +134,23 @@ def _run_full(s):
     for way in ways:
         print(scoring_line(run_scoring_task(task, way, out=s.out, progress=False)[0]), flush=True)
 
+# %% ../../nbs/11_benchmarks/18_cli.ipynb #2e22d092
+def _run_scale(s):
+    "How scores grow with the sizes"
+    records = scale_bench(out=s.out, threads=s.threads)
+    print(last_layer_table(records))
+    print()
+    print(all_layer_table(records))
 
-_RUNS = dict(influence=_run_influence, lds=_run_lds, loop=_run_loop, ssl=_run_ssl, full=_run_full)
+# %% ../../nbs/11_benchmarks/18_cli.ipynb #d0adf184
+_RUNS = dict(
+    influence=_run_influence,
+    lds=_run_lds,
+    loop=_run_loop,
+    ssl=_run_ssl,
+    full=_run_full,
+    scale=_run_scale,
+)
 
 # %% ../../nbs/11_benchmarks/18_cli.ipynb #18-bench-022
 def _from_command_line():
