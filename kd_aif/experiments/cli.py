@@ -9,6 +9,7 @@ __all__ = ['QUICKSTART', 'Runs', 'TrainingRuns', 'SSLRuns', 'kd_aif_run', 'kd_ai
 # %% ../../nbs/10_experiments/19_cli.ipynb #19-cli-002
 import argparse
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +76,18 @@ class SSLRuns(Runs):
     method: str = 'supervised,pseudo_label,fixmatch,mpl,kd_aif_ssl'  # method, or several separated by commas
     checkpoints: str | None = None  # folder of unfinished runs; default one in the cache
 
+# %% ../../nbs/10_experiments/19_cli.ipynb #3cb8884c
+def _check_one_process():
+    if (n := os.environ.get('WORLD_SIZE', '1')) != '1':
+        raise ValueError(
+            f"WORLD_SIZE is {n}: each of these processes would make the same runs; start this command without "
+            f"torchrun, or run methods and seeds at once by kd_aif_sweep --workers {n}"
+        )
+
 # %% ../../nbs/10_experiments/19_cli.ipynb #19-cli-009
 def _checked_methods(runs, known):
     "The names of the methods, each once; sets the threads"
+    _check_one_process()
     if runs.seeds < 1:
         raise ValueError(f"seeds is {runs.seeds}; give 1 or more")
     if runs.threads is not None and runs.threads < 1:

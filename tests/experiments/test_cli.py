@@ -702,3 +702,11 @@ def test_data(console):
 def test_data_that_is_not_at_hand_is_said_and_the_rest_goes_on(console):
     code, out, err = console('kd_aif_data', '--dataset', 'cifar10,digits', '--data', 'nowhere')
     assert code == 0 and 'not at hand' in out.splitlines()[0] and out.splitlines()[-1].startswith('digits')
+
+
+@pytest.mark.parametrize('command', ('kd_aif_run', 'kd_aif_run_ssl'))
+def test_a_launcher_of_several_processes_is_refused(command, console, monkeypatch, tmp_path):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    code, out, err = console(command, '--out', tmp_path / 'results')
+    assert code == 2 and 'WORLD_SIZE is 2' in err and 'kd_aif_sweep --workers 2' in err
+    assert not out and not (tmp_path / 'results').exists()
