@@ -137,7 +137,7 @@ def ssl_cost_line(
     m, config, data = record.metrics, record.config, record.dataset
     first, second = map(method_label, config['methods'])
     images = f"{config['batch_size']} + {config['batch_size'] * config['mu']} images"
-    where = f"{data['note'] or dataset_label(data['name'])}, {record.student}, {images}, {config['device']}"
+    where = f"{dataset_label(data['name'], data['note'])}, {record.student}, {images}, {config['device']}"
     costs = (
         f"{first} {1000 * m['first_seconds_per_step']:.1f} ms a step, "
         f"{second} {1000 * m['second_seconds_per_step']:.1f} ms"

@@ -29,7 +29,7 @@ def ssl_title(
         found = {r.dataset['rows'][key] for r in records}
         return ' or '.join(f'{n:,}' for n in sorted(found))
 
-    names = ' and '.join(sorted({r.dataset['note'] or dataset_label(r.dataset['name']) for r in records}))
+    names = ' and '.join(sorted({dataset_label(r.dataset['name'], r.dataset['note']) for r in records}))
     tiers = ' and '.join(sorted({r.tier for r in records}))
     return f"{names} · {numbers('labelled')} labels, {numbers('unlabelled')} images · tier {tiers}"
 

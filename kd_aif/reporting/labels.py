@@ -40,8 +40,11 @@ DATASETS = dict(digits='digits', cifar10='CIFAR-10', cifar100='CIFAR-100', svhn=
 
 def dataset_label(
     name: str,  # as in records, such as 'cifar10' or 'glue/sst2'
+    note: str = '',  # remark of the record, which takes the place of the name where there is one
 ) -> str:  # such as 'CIFAR-10' or 'SST-2'
     "The name of a data set for readers; one that is not known is its own label"
+    if note:
+        return note
     task = GLUE.get(name.removeprefix('glue/'))
     return task.title if task and name.startswith('glue/') else DATASETS.get(name, name)
 

@@ -167,7 +167,7 @@ class Setting:
     @property
     def title(self) -> str:  # one line
         "The setting in words, for headings."
-        parts = [self.note or dataset_label(self.dataset), noise_label(self.noise, self.rate)]
+        parts = [dataset_label(self.dataset, self.note), noise_label(self.noise, self.rate)]
         if self.imbalance != 1:
             parts.append(f'imbalance ratio {self.imbalance:g}')
         return f"{self.experiment} · {', '.join(parts)} · tier {self.tier}"
