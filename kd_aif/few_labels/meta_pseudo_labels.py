@@ -23,6 +23,7 @@ from .batches import UnlabelledImages
 from .consistency import frozen_batchnorm_statistics
 from ..foundation.core import check_positive
 from ..foundation.losses import batch_cross_entropy
+from ..influence.call_checks import CheckedBatches
 from ..influence.scores import influence_scores
 from ..influence.solvers import Identity
 from ..models.features import default_forward
@@ -168,7 +169,8 @@ def feedback_scores(
 ) -> Tensor:  # (u,) ∇L_labelledᵀ∇ℓ_i; positive: learning the image lowers the labelled loss
     "The feedback of Meta Pseudo Labels, one by one: influence scores without curvature"
     options = dict(solver=Identity(), val_loss=batch_cross_entropy, forward=forward, progress=False)
-    return influence_scores(student, loss, [pseudo], [labelled], last_layer=False, **options).values
+    sets = [CheckedBatches(n, [b], different=False) for n, b in (('pseudo', pseudo), ('labelled', labelled))]
+    return influence_scores(student, loss, *sets, last_layer=False, **options).values
 
 # %% ../../nbs/08_few_labels/08_meta_pseudo_labels.ipynb #e4582777
 from .algorithms import FixMatch, PseudoLabel, Supervised, SupervisedAll, UDA

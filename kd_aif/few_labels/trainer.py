@@ -155,8 +155,9 @@ class SSLLoop:
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #3e6bfc6d
 @patch
 def _checked_weights(self: SSLLoop, step, output):
-    "The weights of the unlabelled images: finite and not negative, else `ValueError`"
-    w = self.weights(step, output)
+    "The weights of the unlabelled images, or None: finite and not negative, else `ValueError`"
+    if (w := self.weights(step, output)) is None:
+        return None
     if self.unfit is None:
         check_new_weights(w, len(output.unsupervised), 'weights')
         self.unfit = torch.zeros((), dtype=torch.bool, device=w.device)

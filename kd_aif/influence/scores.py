@@ -296,7 +296,7 @@ def checked_batches(
 ) -> CheckedBatches:  # the first batch has been read
     "Batches that are checked while they are read; raises `ValueError` or `TypeError` for the first one"
     first = first_check(name, flat.model, flat.loss, flat.module.call, flat.prepare)
-    checked = CheckedBatches(name, batches, first, keys)
+    checked = CheckedBatches(name, batches, first, keys, getattr(batches, 'different', True))
     _first_batch(name, checked)
     return checked
 

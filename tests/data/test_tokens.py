@@ -105,7 +105,8 @@ def test_two_sets_as_one(words):
 
 
 @pytest.mark.parametrize(
-    'tokenizer', ['bert-base-uncased', None, torch.nn.Linear(2, 2), lambda texts: texts], ids=str
+    'tokenizer', ['bert-base-uncased', None, torch.nn.Linear(2, 2), lambda texts: texts],
+    ids=['name', 'none', 'network', 'function'],
 )
 def test_what_is_no_tokenizer(tokenizer):
     with pytest.raises(TypeError, match='tokenizer is a .*AutoTokenizer.from_pretrained'):
