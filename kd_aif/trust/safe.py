@@ -113,19 +113,12 @@ def _draw_radar(ax, values, **style):
     ax.plot([*angles, angles[0]], [*values, values[0]], **style)
     ax.fill(angles, np.nan_to_num(values), alpha=0.08, color=style['color'])
 
-# %% ../../nbs/08b_trust/07_safe.ipynb #38f807da
-@patch
-def radar(
-    self: SafeReport,
-    colors: dict | None = None,  # network -> colour; None: those of matplotlib's style
-):  # a matplotlib figure
-    "Five principles at a glance"
-    from matplotlib import pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(4.6, 4.8), subplot_kw=dict(projection='polar'), layout='constrained')
+# %% ../../nbs/08b_trust/07_safe.ipynb #6d5f7c5f
+def _draw_networks(ax, report, colors):
+    "All networks, and the axes"
     markers = 'os^Dv*XP'
-    for i, (name, axes) in enumerate(radar_values(self).items()):
-        color = (colors or {}).get(name, f'C{i}')
+    for i, (name, axes) in enumerate(radar_values(report).items()):
+        color = colors.get(name, f'C{i}')
         _draw_radar(ax, list(axes.values()), color=color, marker=markers[i % len(markers)], label=name)
     ax.set_theta_offset(np.pi / 2)
     ax.set_rlabel_position(36)
@@ -133,6 +126,22 @@ def radar(
     labels = list(axes)
     ax.set_xticks(np.linspace(0, 2 * np.pi, len(labels), endpoint=False), labels)
     ax.set(ylim=(0, 1), yticks=[0.25, 0.5, 0.75, 1])
+
+# %% ../../nbs/08b_trust/07_safe.ipynb #38f807da
+@patch
+def radar(
+    self: SafeReport,
+    colors: dict | None = None,  # network -> colour; None: those of matplotlib's style
+    ax=None,  # polar axes to draw in, without a legend; None: a figure of its own
+):  # a matplotlib figure
+    "Five principles at a glance"
+    if ax is not None:
+        _draw_networks(ax, self, colors or {})
+        return ax.figure
+    from matplotlib import pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(4.6, 4.8), subplot_kw=dict(projection='polar'), layout='constrained')
+    _draw_networks(ax, self, colors or {})
     fig.legend(loc='outside lower center')
     return fig
 
