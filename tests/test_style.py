@@ -196,10 +196,14 @@ def dependencies(path):
 def longest_path(graph):
     "Number of floors of a graph without circles; a circle raises `RecursionError` with its members"
 
+    floors = {}  # of the nodes that are done: without it every way to a node is gone again
+
     def floor(node, below):
         if node in below:
             raise RecursionError(f'a circle of imports: {" -> ".join([*below, node])}')
-        return 1 + max((floor(other, (*below, node)) for other in graph[node]), default=0)
+        if node not in floors:
+            floors[node] = 1 + max((floor(other, (*below, node)) for other in graph[node]), default=0)
+        return floors[node]
 
     return max(floor(node, ()) for node in graph)
 

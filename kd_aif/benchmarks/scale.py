@@ -122,7 +122,7 @@ def measure_point(
 WIDTHS = 280, 670, 965, 1380, 2200, 3150  # hidden units: 0.1, 0.5, 1, 2, 5 and 10 million parameters
 
 
-def scale_points() -> list[ScalePoint]:
+def scale_points() -> list[ScalePoint]:  # one size grows at a time
     "The points of the table"
     by_n = [ScalePoint(n=n) for n in (1000, 5000, 10_000, 50_000)]
     by_classes = [ScalePoint(classes=c) for c in (10, 33, 300, 1000)]

@@ -16,7 +16,6 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-# %% ../../nbs/04_influence/05_solvers.ipynb #49edd4a4
 from .curvature import mean_eigenvalue
 from .kronecker import kronecker_inverse, last_layer_diagonal, sampled_diagonal
 from .sampled_rows import refined, relative_residuals, Rows

@@ -87,4 +87,4 @@ def test_killed_at_random_moments_it_ends_as_in_one_piece(start, tmp_path):
         left = {p.name for p in folder.iterdir() if not p.name.startswith('.')}
         assert left == {'run.safetensors', 'student.safetensors', 'teacher.safetensors'}
     print(f'{KILLS} runs, {killed} killed before their end, {states} with a state, {KILLS} equal ends')
-    assert killed > KILLS / 2 and states
+    assert killed >= KILLS / 2 and states

@@ -354,7 +354,7 @@ def test_committed_records():
     old = {'need', 'need_ratio', 'borrow'}
     assert not [r for r in found if old & {*r.config, *r.metrics, *r.seconds}]
     assert not [r for r in found if isinstance(r.config.get('score'), str)]
-    assert {r.method for r in found if r.method not in METHODS} <= {'loop', 'quality', 'ssl_cost'} | {
+    assert {r.method for r in found if r.method not in METHODS} <= {'loop', 'quality', 'ssl_cost', 'last_layers', 'all_layers'} | {
         r.method for r in found if r.experiment == '25_speed_and_fidelity'
     }
 
@@ -411,7 +411,7 @@ def test_no_p_value_is_zero(p, others):
 
 def test_no_label_looks_like_code():
     for group in group_records(load_records(RESULTS)).values():
-        if group[0].experiment in ('20_loop_efficiency', '24b_quality', '25_speed_and_fidelity', 'ssl_cost'):
+        if group[0].experiment in ('20_loop_efficiency', '24b_quality', '25_scale', '25_speed_and_fidelity', 'ssl_cost'):
             continue  # their rows are no methods
         labels = [label for label, _, _ in method_forms(group)]
         assert len(labels) == len(set(labels)) and not [x for x in labels if '=' in x or '_' in x]

@@ -132,7 +132,7 @@ def test_a_great_strength_still_gives_weights(transform):
 @pytest.mark.parametrize(
     'scores, kwargs, error, message',
     [
-        (torch.ones(3), dict(transform='softmax'), ValueError, "transform is 'softmax'; use one of sigmoid"),
+        (torch.ones(3), dict(transform='softmax'), ValueError, "transform is 'softmax'; use one of 'sigmoid'"),
         (torch.ones(3), dict(beta=-0.5), ValueError, 'beta is -0.5; give a strength'),
         (torch.ones(3), dict(beta=math.nan), ValueError, 'beta is nan'),
         (
