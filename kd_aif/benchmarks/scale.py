@@ -138,10 +138,10 @@ def scale_bench(
     experiment: str = '25_scale',  # name in the records
 ) -> list[Record]:  # one for each point, in their order
     "Measure points in fresh processes, one after the other"
-    known = {tuple(r.config.values()): r for r in load_records(out, experiment)}
+    known = {ScalePoint(**r.config): r for r in load_records(out, experiment)}
     records = []
     for point in scale_points() if points is None else points:
-        if (record := known.get(tuple(asdict(point).values()))) is None:
+        if (record := known.get(point)) is None:
             record = _scale_record(point, in_process(measure_point, point, threads), experiment)
             save_record(record, out)
         records.append(record)
