@@ -1,4 +1,4 @@
-"Bad input of distillation: each an error that names the argument, what was found and the remedy, before any training step."
+"Bad input of distillation: each an error that names argument, value and remedy, before any step."
 
 import copy
 import math
@@ -111,109 +111,361 @@ RUNS = {
     'student in words': (dict(student='resnet20'), TypeError, "student is 'resnet20', a str; give a network"),
     'student class': (dict(student=nn.Linear), TypeError, 'student is the class Linear; give a network'),
     'no student': (dict(student=None), TypeError, 'student is None.*give a network'),
-    'student that is a function': (dict(student=lambda x: x), TypeError, 'student is a function; give a network'),
-    'student without parameters': (dict(student=nn.Sequential()), ValueError, 'student is a Sequential without parameters'),
+    'student that is a function': (
+        dict(student=lambda x: x),
+        TypeError,
+        'student is a function; give a network',
+    ),
+    'student without parameters': (
+        dict(student=nn.Sequential()),
+        ValueError,
+        'student is a Sequential without parameters',
+    ),
     'student of NaN': (dict(student=broken(NAN)), ValueError, "student: its parameter '0.weight' has NaN"),
     'teacher in words': (dict(teacher='resnet20'), TypeError, "teacher is 'resnet20', a str; give a network"),
     'teacher class': (dict(teacher=nn.Linear), TypeError, 'teacher is the class Linear; give a network'),
     'teacher of NaN': (dict(teacher=broken(NAN)), ValueError, "teacher: its parameter '0.weight' has NaN"),
-    'teacher of inf': (dict(teacher=broken(INF)), ValueError, "teacher: its parameter '0.weight' has NaN or infinite"),
-    'one network twice': (dict(student=SAME, teacher=SAME), ValueError, 'teacher is the student itself; give another'),
-    'teacher of other classes': (dict(teacher=net(5)), ValueError, 'teacher has 5 classes, the student 3; build both'),
-    'inputs too wide': (dict(student=nn.Linear(7, C)), ValueError, r'student: Linear fails on the batch \(x .*give inputs'),
+    'teacher of inf': (
+        dict(teacher=broken(INF)),
+        ValueError,
+        "teacher: its parameter '0.weight' has NaN or infinite",
+    ),
+    'one network twice': (
+        dict(student=SAME, teacher=SAME),
+        ValueError,
+        'teacher is the student itself; give another',
+    ),
+    'teacher of other classes': (
+        dict(teacher=net(5)),
+        ValueError,
+        'teacher has 5 classes, the student 3; build both',
+    ),
+    'inputs too wide': (
+        dict(student=nn.Linear(7, C)),
+        ValueError,
+        r'student: Linear fails on the batch \(x .*give inputs',
+    ),
     # groups of settings
-    'objective class': (dict(objective=Objective), TypeError, r'objective is the class Objective; give Objective\('),
+    'objective class': (
+        dict(objective=Objective),
+        TypeError,
+        r'objective is the class Objective; give Objective\(',
+    ),
     'objective in words': (dict(objective='kd'), TypeError, r"objective is 'kd', a str; give Objective\("),
-    'training class': (dict(training=Training), TypeError, r'training is the class Training; give Training\('),
+    'training class': (
+        dict(training=Training),
+        TypeError,
+        r'training is the class Training; give Training\(',
+    ),
     'training as a dictionary': (dict(training={}), TypeError, r'training is a dict; give Training\('),
-    'schedule class': (dict(schedule=OneShot, mechanism='student'), TypeError, r'schedule is the class OneShot; use OneShot\(\)'),
-    'schedule in words': (dict(schedule='once', mechanism='student'), TypeError, r"schedule is 'once', a str; use OneShot"),
-    'weighting class': (dict(weighting=Influence, mechanism='student'), TypeError, r'weighting is the class Influence; give'),
-    'weighting as a list': (dict(weighting=[1.0] * N), TypeError, r'weighting is a list; give .*Fixed\(weights\)'),
-    'weighting as a tensor': (dict(weighting=torch.ones(N)), TypeError, r'weighting is a Tensor; give .*Fixed\(weights\)'),
+    'schedule class': (
+        dict(schedule=OneShot, mechanism='student'),
+        TypeError,
+        r'schedule is the class OneShot; use OneShot\(\)',
+    ),
+    'schedule in words': (
+        dict(schedule='once', mechanism='student'),
+        TypeError,
+        r"schedule is 'once', a str; use OneShot",
+    ),
+    'weighting class': (
+        dict(weighting=Influence, mechanism='student'),
+        TypeError,
+        r'weighting is the class Influence; give',
+    ),
+    'weighting as a list': (
+        dict(weighting=[1.0] * N),
+        TypeError,
+        r'weighting is a list; give .*Fixed\(weights\)',
+    ),
+    'weighting as a tensor': (
+        dict(weighting=torch.ones(N)),
+        TypeError,
+        r'weighting is a Tensor; give .*Fixed\(weights\)',
+    ),
     'weighting as a number': (dict(weighting=1.0), TypeError, r'weighting is 1.0, a float; give'),
-    'mechanism of truth': (dict(mechanism=True), ValueError, "mechanism is True; use None, 'student' or 'both'"),
+    'mechanism of truth': (
+        dict(mechanism=True),
+        ValueError,
+        "mechanism is True; use None, 'student' or 'both'",
+    ),
     'mechanism in a list': (dict(mechanism=['student']), ValueError, r"mechanism is \['student'\]; use None"),
     # makers
     'maker that gives nothing': (
         dict(mechanism='both', weighting=Published(), schedule=OneShot(make_teacher=lambda: None)),
-        TypeError, 'make_teacher gives a NoneType; give a function',
+        TypeError,
+        'make_teacher gives a NoneType; give a function',
     ),
     'maker of other classes': (
         dict(mechanism='both', weighting=Published(), schedule=OneShot(make_teacher=lambda: net(4))),
-        ValueError, 'teacher has 4 classes, the student 3; build both',
+        ValueError,
+        'teacher has 4 classes, the student 3; build both',
     ),
     'maker that gives a class': (
         dict(mechanism='both', weighting=Published(), schedule=OneShot(make_teacher=lambda: Net)),
-        TypeError, 'make_teacher gives a type; give a function',
+        TypeError,
+        'make_teacher gives a type; give a function',
     ),
     # losses
-    'mean loss': (dict(objective=Objective(label_loss=lambda z, b: F.cross_entropy(z, b['y']))), ValueError, r'label_loss returns values of shape \(\).*one value per sample'),
-    'column of losses': (dict(objective=Objective(label_loss=lambda z, b: batch_cross_entropy(z, b)[:, None])), ValueError, r'label_loss returns .*\(8, 1\).*one value per sample'),
-    'losses of classes': (dict(objective=Objective(label_loss=lambda z, b: z)), ValueError, r'label_loss returns .*\(8, 3\).*one value per sample'),
-    'mean in each place': (dict(objective=Objective(label_loss=lambda z, b: batch_cross_entropy(z, b).mean().expand(len(z)))), ValueError, 'label_loss: ' + OWN),
-    'NaN loss': (dict(objective=Objective(label_loss=lambda z, b: batch_cross_entropy(z, b) * NAN)), ValueError, 'label_loss is nan for the sample with index 0; check'),
-    'infinite loss': (dict(objective=Objective(label_loss=lambda z, b: batch_cross_entropy(z, b) / 0)), ValueError, 'label_loss is inf for the sample with index 0; check'),
-    'loss of another key': (dict(objective=Objective(label_loss=lambda z, b: F.cross_entropy(z, b['label'], reduction='none'))), ValueError, "label_loss fails .*KeyError: 'label'; give loss"),
-    'loss that gives nothing': (dict(objective=Objective(label_loss=lambda z, b: None)), TypeError, 'label_loss returns a NoneType; give a tensor'),
-    'mean teacher loss': (dict(objective=Objective(teacher_loss=lambda s, t, T: F.mse_loss(s, t))), ValueError, r'teacher_loss returns values of shape \(\).*one value per sample'),
-    'teacher loss of classes': (dict(objective=Objective(teacher_loss=lambda s, t, T: (s - t) ** 2)), ValueError, r'teacher_loss returns .*\(8, 3\).*one value per sample'),
-    'NaN teacher loss': (dict(objective=Objective(teacher_loss=lambda s, t, T: (s - t).sum(1) * NAN)), ValueError, 'teacher_loss is nan for the sample'),
+    'mean loss': (
+        dict(objective=Objective(label_loss=lambda z, b: F.cross_entropy(z, b['y']))),
+        ValueError,
+        r'label_loss returns values of shape \(\).*one value per sample',
+    ),
+    'column of losses': (
+        dict(objective=Objective(label_loss=lambda z, b: batch_cross_entropy(z, b)[:, None])),
+        ValueError,
+        r'label_loss returns .*\(8, 1\).*one value per sample',
+    ),
+    'losses of classes': (
+        dict(objective=Objective(label_loss=lambda z, b: z)),
+        ValueError,
+        r'label_loss returns .*\(8, 3\).*one value per sample',
+    ),
+    'mean in each place': (
+        dict(objective=Objective(label_loss=lambda z, b: batch_cross_entropy(z, b).mean().expand(len(z)))),
+        ValueError,
+        'label_loss: ' + OWN,
+    ),
+    'NaN loss': (
+        dict(objective=Objective(label_loss=lambda z, b: batch_cross_entropy(z, b) * NAN)),
+        ValueError,
+        'label_loss is nan for the sample with index 0; check',
+    ),
+    'infinite loss': (
+        dict(objective=Objective(label_loss=lambda z, b: batch_cross_entropy(z, b) / 0)),
+        ValueError,
+        'label_loss is inf for the sample with index 0; check',
+    ),
+    'loss of another key': (
+        dict(objective=Objective(label_loss=lambda z, b: F.cross_entropy(z, b['label'], reduction='none'))),
+        ValueError,
+        "label_loss fails .*KeyError: 'label'; give loss",
+    ),
+    'loss that gives nothing': (
+        dict(objective=Objective(label_loss=lambda z, b: None)),
+        TypeError,
+        'label_loss returns a NoneType; give a tensor',
+    ),
+    'mean teacher loss': (
+        dict(objective=Objective(teacher_loss=lambda s, t, T: F.mse_loss(s, t))),
+        ValueError,
+        r'teacher_loss returns values of shape \(\).*one value per sample',
+    ),
+    'teacher loss of classes': (
+        dict(objective=Objective(teacher_loss=lambda s, t, T: (s - t) ** 2)),
+        ValueError,
+        r'teacher_loss returns .*\(8, 3\).*one value per sample',
+    ),
+    'NaN teacher loss': (
+        dict(objective=Objective(teacher_loss=lambda s, t, T: (s - t).sum(1) * NAN)),
+        ValueError,
+        'teacher_loss is nan for the sample',
+    ),
     'targets by broadcasting': (
-        dict(student=net(1), teacher=net(1), train=changed(TRAIN, y=lambda y: y + torch.rand(len(y))), val=changed(VAL, y=lambda y: y + 0.5),
-             objective=regression_objective().__class__(label_loss=lambda z, b: ((z - b['y']) ** 2).mean(1), teacher_loss=regression_objective().teacher_loss)),
-        ValueError, 'label_loss: ' + OWN,
+        dict(
+            student=net(1),
+            teacher=net(1),
+            train=changed(TRAIN, y=lambda y: y + torch.rand(len(y))),
+            val=changed(VAL, y=lambda y: y + 0.5),
+            objective=regression_objective().__class__(
+                label_loss=lambda z, b: ((z - b['y']) ** 2).mean(1),
+                teacher_loss=regression_objective().teacher_loss,
+            ),
+        ),
+        ValueError,
+        'label_loss: ' + OWN,
     ),
     # outputs
-    'squeezed output': (dict(objective=Objective(forward=lambda m, b: m(b['x']).sum(1))), ValueError, r'student returns \(8,\) .*keep the last axis'),
-    'output of tokens': (dict(objective=Objective(forward=lambda m, b: torch.stack([m(b['x'])] * 4, 1))), ValueError, r'student returns \(8, 4, 3\).*every token'),
-    'tuple of outputs': (dict(objective=Objective(forward=lambda m, b: (m(b['x']), 0))), TypeError, r'student returns a tuple, logits .*\[0\]'),
-    'dictionary of outputs': (dict(objective=Objective(forward=lambda m, b: dict(logits=m(b['x'])))), TypeError, r"student returns a dict.*\['logits'\]"),
-    'no output': (dict(objective=Objective(forward=lambda m, b: None)), TypeError, 'student returns a NoneType'),
-    'NaN output': (dict(objective=Objective(forward=lambda m, b: m(b['x']) * NAN)), ValueError, 'student returns logits that are NaN or infinite; check'),
-    'one row of output': (dict(objective=Objective(forward=lambda m, b: m(b['x'])[:1])), ValueError, 'student returns 1 rows of logits for 8 samples; give'),
+    'squeezed output': (
+        dict(objective=Objective(forward=lambda m, b: m(b['x']).sum(1))),
+        ValueError,
+        r'student returns \(8,\) .*keep the last axis',
+    ),
+    'output of tokens': (
+        dict(objective=Objective(forward=lambda m, b: torch.stack([m(b['x'])] * 4, 1))),
+        ValueError,
+        r'student returns \(8, 4, 3\).*every token',
+    ),
+    'tuple of outputs': (
+        dict(objective=Objective(forward=lambda m, b: (m(b['x']), 0))),
+        TypeError,
+        r'student returns a tuple, logits .*\[0\]',
+    ),
+    'dictionary of outputs': (
+        dict(objective=Objective(forward=lambda m, b: dict(logits=m(b['x'])))),
+        TypeError,
+        r"student returns a dict.*\['logits'\]",
+    ),
+    'no output': (
+        dict(objective=Objective(forward=lambda m, b: None)),
+        TypeError,
+        'student returns a NoneType',
+    ),
+    'NaN output': (
+        dict(objective=Objective(forward=lambda m, b: m(b['x']) * NAN)),
+        ValueError,
+        'student returns logits that are NaN or infinite; check',
+    ),
+    'one row of output': (
+        dict(objective=Objective(forward=lambda m, b: m(b['x'])[:1])),
+        ValueError,
+        'student returns 1 rows of logits for 8 samples; give',
+    ),
     # weights by rules
-    'negative weights': (dict(weighting=Reweighting(lambda s: -torch.ones(len(s.losses)))), ValueError, 'callback gives a weight of -1; give one finite'),
-    'NaN weights': (dict(weighting=Reweighting(lambda s: s.losses.detach() * NAN)), ValueError, 'callback gives a weight of nan; give one finite'),
-    'infinite weights': (dict(weighting=Reweighting(lambda s: s.losses.detach() / 0)), ValueError, 'callback gives a weight of inf; give one finite'),
-    'one weight': (dict(weighting=Reweighting(lambda s: torch.ones(1))), ValueError, r'callback gives weights of shape \(1,\) for 8 samples; give'),
-    'weights in a list': (dict(weighting=Reweighting(lambda s: [1.0] * len(s.losses))), TypeError, 'callback gives a list; give one finite'),
-    'no weights': (dict(weighting=Reweighting(lambda s: None)), TypeError, 'callback gives a NoneType; give one finite'),
-    'negative updates': (dict(mechanism='student', weighting=Influence(update=lambda old, new: -new)), ValueError, 'update gives a weight of -.*give one finite'),
-    'NaN updates': (dict(mechanism='student', weighting=Published(update=lambda old, new: new * NAN)), ValueError, 'update gives a weight of nan; give one finite'),
-    'short updates': (dict(mechanism='student', weighting=Published(update=lambda old, new: new[:3])), ValueError, r'update gives weights of shape \(3,\) for 24 samples'),
+    'negative weights': (
+        dict(weighting=Reweighting(lambda s: -torch.ones(len(s.losses)))),
+        ValueError,
+        'callback gives a weight of -1; give one finite',
+    ),
+    'NaN weights': (
+        dict(weighting=Reweighting(lambda s: s.losses.detach() * NAN)),
+        ValueError,
+        'callback gives a weight of nan; give one finite',
+    ),
+    'infinite weights': (
+        dict(weighting=Reweighting(lambda s: s.losses.detach() / 0)),
+        ValueError,
+        'callback gives a weight of inf; give one finite',
+    ),
+    'one weight': (
+        dict(weighting=Reweighting(lambda s: torch.ones(1))),
+        ValueError,
+        r'callback gives weights of shape \(1,\) for 8 samples; give',
+    ),
+    'weights in a list': (
+        dict(weighting=Reweighting(lambda s: [1.0] * len(s.losses))),
+        TypeError,
+        'callback gives a list; give one finite',
+    ),
+    'no weights': (
+        dict(weighting=Reweighting(lambda s: None)),
+        TypeError,
+        'callback gives a NoneType; give one finite',
+    ),
+    'negative updates': (
+        dict(mechanism='student', weighting=Influence(update=lambda old, new: -new)),
+        ValueError,
+        'update gives a weight of -.*give one finite',
+    ),
+    'NaN updates': (
+        dict(mechanism='student', weighting=Published(update=lambda old, new: new * NAN)),
+        ValueError,
+        'update gives a weight of nan; give one finite',
+    ),
+    'short updates': (
+        dict(mechanism='student', weighting=Published(update=lambda old, new: new[:3])),
+        ValueError,
+        r'update gives weights of shape \(3,\) for 24 samples',
+    ),
     # batches
-    'label -100': (dict(train=changed(TRAIN, y=label(-100))), ValueError, r'train: labels from -100 .*must be in \[0, 3\)'),
-    'label C': (dict(train=changed(TRAIN, y=label(C))), ValueError, r'train: labels from 0 to 3.*must be in \[0, 3\)'),
-    'label 10**9': (dict(train=changed(TRAIN, y=label(10**9)), mechanism='student'), ValueError, r'train: labels from 0 to 1000000000.*must be in \[0, 3\)'),
-    'validation label -100': (dict(val=changed(VAL, y=label(-100))), ValueError, r'val: labels from -100 .*must be in \[0, 3\)'),
-    'test label': (dict(test=changed(VAL, y=label(C))), ValueError, r'test: labels from 0 to 3.*must be in \[0, 3\)'),
-    'labels of bytes': (dict(train=changed(TRAIN, y=lambda y: y.byte())), TypeError, r"train: batch\['y'\] is torch.uint8.*int64"),
-    'labels in a column': (dict(train=changed(TRAIN, y=lambda y: y[:, None])), TypeError, r"train: batch\['y'\] is torch.int64 \(8, 1\); give"),
-    'real labels': (dict(train=changed(TRAIN, y=lambda y: y.float())), ValueError, 'labels: those of train are real numbers, those of val classes'),
-    'no index': (dict(train=changed(TRAIN, index=None)), ValueError, "train: batches have no 'index'.*give every sample"),
-    'no labels': (dict(train=changed(TRAIN, y=None)), ValueError, "train: batches have no 'y'.*give every sample"),
+    'label -100': (
+        dict(train=changed(TRAIN, y=label(-100))),
+        ValueError,
+        r'train: labels from -100 .*must be in \[0, 3\)',
+    ),
+    'label C': (
+        dict(train=changed(TRAIN, y=label(C))),
+        ValueError,
+        r'train: labels from 0 to 3.*must be in \[0, 3\)',
+    ),
+    'label 10**9': (
+        dict(train=changed(TRAIN, y=label(10**9)), mechanism='student'),
+        ValueError,
+        r'train: labels from 0 to 1000000000.*must be in \[0, 3\)',
+    ),
+    'validation label -100': (
+        dict(val=changed(VAL, y=label(-100))),
+        ValueError,
+        r'val: labels from -100 .*must be in \[0, 3\)',
+    ),
+    'test label': (
+        dict(test=changed(VAL, y=label(C))),
+        ValueError,
+        r'test: labels from 0 to 3.*must be in \[0, 3\)',
+    ),
+    'labels of bytes': (
+        dict(train=changed(TRAIN, y=lambda y: y.byte())),
+        TypeError,
+        r"train: batch\['y'\] is torch.uint8.*int64",
+    ),
+    'labels in a column': (
+        dict(train=changed(TRAIN, y=lambda y: y[:, None])),
+        TypeError,
+        r"train: batch\['y'\] is torch.int64 \(8, 1\); give",
+    ),
+    'real labels': (
+        dict(train=changed(TRAIN, y=lambda y: y.float())),
+        ValueError,
+        'labels: those of train are real numbers, those of val classes',
+    ),
+    'no index': (
+        dict(train=changed(TRAIN, index=None)),
+        ValueError,
+        "train: batches have no 'index'.*give every sample",
+    ),
+    'no labels': (
+        dict(train=changed(TRAIN, y=None)),
+        ValueError,
+        "train: batches have no 'y'.*give every sample",
+    ),
     'no inputs': (dict(train=changed(TRAIN, x=None)), KeyError, "batch has no 'x'.*give forward"),
-    'real indices': (dict(train=changed(TRAIN, index=lambda i: i.float())), TypeError, r"train: batch\['index'\] is torch.float32"),
-    'indices twice': (dict(train=changed(TRAIN, index=lambda i: i // 2)), ValueError, 'train: 24 samples have 12 different indices.*its own index'),
-    'two workers that give all': (dict(train=DataLoader(Everywhere(), 8, num_workers=2)), ValueError, 'train: 48 samples have 24 different.*its own index'),
-    'short inputs': (dict(train=changed(TRAIN, x=lambda x: x[:-1])), ValueError, r"train: batch\['x'\] has 7 rows for 8 indices; give one"),
-    'NaN inputs': (dict(train=changed(TRAIN, x=lambda x: x * NAN)), ValueError, r"train: batch\['x'\] has NaN or infinite.*clean"),
-    'infinite inputs': (dict(val=changed(VAL, x=lambda x: x / 0)), ValueError, r"val: batch\['x'\] has NaN or infinite.*clean"),
-    'tuples': (dict(train=[tuple(b.values()) for b in TRAIN]), TypeError, 'train: batches are tuple; yield a dict'),
+    'real indices': (
+        dict(train=changed(TRAIN, index=lambda i: i.float())),
+        TypeError,
+        r"train: batch\['index'\] is torch.float32",
+    ),
+    'indices twice': (
+        dict(train=changed(TRAIN, index=lambda i: i // 2)),
+        ValueError,
+        'train: 24 samples have 12 different indices.*its own index',
+    ),
+    'two workers that give all': (
+        dict(train=DataLoader(Everywhere(), 8, num_workers=2)),
+        ValueError,
+        'train: 48 samples have 24 different.*its own index',
+    ),
+    'short inputs': (
+        dict(train=changed(TRAIN, x=lambda x: x[:-1])),
+        ValueError,
+        r"train: batch\['x'\] has 7 rows for 8 indices; give one",
+    ),
+    'NaN inputs': (
+        dict(train=changed(TRAIN, x=lambda x: x * NAN)),
+        ValueError,
+        r"train: batch\['x'\] has NaN or infinite.*clean",
+    ),
+    'infinite inputs': (
+        dict(val=changed(VAL, x=lambda x: x / 0)),
+        ValueError,
+        r"val: batch\['x'\] has NaN or infinite.*clean",
+    ),
+    'tuples': (
+        dict(train=[tuple(b.values()) for b in TRAIN]),
+        TypeError,
+        'train: batches are tuple; yield a dict',
+    ),
     'tensors': (dict(val=[b['x'] for b in VAL]), TypeError, 'val: batches are Tensor; yield a dict'),
     'train in words': (dict(train='train.csv'), TypeError, 'train is a str; give batches'),
     'no train': (dict(train=None), TypeError, 'train is a NoneType; give batches'),
     'no val': (dict(val=None), TypeError, 'val is a NoneType; give batches'),
     'one batch': (dict(train=TRAIN[0]), TypeError, 'train: batches are str; yield a dict'),
-    'iterator': (dict(train=iter(TRAIN)), TypeError, 'train is a generator, which can be read only once; give a list'),
+    'iterator': (
+        dict(train=iter(TRAIN)),
+        TypeError,
+        'train is a generator, which can be read only once; give a list',
+    ),
     'nothing to train on': (dict(train=[]), ValueError, 'train is empty; give at least one sample'),
     # solvers that do not arrive
     'a solve of one step': (
-        dict(mechanism='student', weighting=Influence(last_layer=False, solver=CG(1e-9, max_iter=1, preconditioner=None))),
-        ValueError, 'solver: CG.*ended at a relative residual of.*increase damping or max_iter',
+        dict(
+            mechanism='student',
+            weighting=Influence(last_layer=False, solver=CG(1e-9, max_iter=1, preconditioner=None)),
+        ),
+        ValueError,
+        'solver: CG.*ended at a relative residual of.*increase damping or max_iter',
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize('name', RUNS)
@@ -249,25 +501,52 @@ SETTINGS = [
     *whole(Training, 'epochs'),
     *switches(Training, 'include_validation', 'progress', 'cache_teacher', 'capture'),
     *functions(Training, 'make_optimizer', 'make_schedule', 'compile'),
-    *[(Training, 'seed', v, TypeError, rf'seed is {v!r}, a .*give an integer') for v in (2.5, True, '0', None)],
+    *[
+        (Training, 'seed', v, TypeError, rf'seed is {v!r}, a .*give an integer')
+        for v in (2.5, True, '0', None)
+    ],
     *[(Training, 'autocast', v, TypeError, rf'autocast is {v!r}: give') for v in ('bf16', True, torch.int8)],
     *numbers(Objective, 'T'),
     *numbers(Objective, 'alpha', positive=False, bad=(INF, NAN, -1.0, 1.5)),
     *functions(Objective, 'label_loss', 'forward', 'teacher_loss'),
-    (Objective, 'label_loss', nn.CrossEntropyLoss(), TypeError, r'label_loss is Cross.*\(input, target\); give'),
+    (
+        Objective,
+        'label_loss',
+        nn.CrossEntropyLoss(),
+        TypeError,
+        r'label_loss is Cross.*\(input, target\); give',
+    ),
     (Objective, 'teacher_loss', nn.KLDivLoss(), TypeError, r'teacher_loss is KLDiv.*\(input, target\); give'),
     (Objective, 'auxiliary', max, TypeError, 'auxiliary is a .*; give AuxiliaryLoss'),
     *whole(Influence, 'folds', 2),
     *switches(Influence, 'pooled_reference', 'last_layer'),
     *switches(Published, 'last_layer'),
-    *[(k, 'solver', v, TypeError, 'solver is .*give a solver such as') for k in (Influence, Published) for v in ('cg', CG, 0.1, True)],
-    *[(k, 'update', v, TypeError, 'update is .*give') for k in (Influence, Published) for v in ('ema', EMA, 0.9, None)],
-    *[(k, 'class_weighting', v, TypeError, 'class_weighting is .*give ClassWeighting') for k in (Influence, Published) for v in ('on', ClassWeighting, True)],
+    *[
+        (k, 'solver', v, TypeError, 'solver is .*give a solver such as')
+        for k in (Influence, Published)
+        for v in ('cg', CG, 0.1, True)
+    ],
+    *[
+        (k, 'update', v, TypeError, 'update is .*give')
+        for k in (Influence, Published)
+        for v in ('ema', EMA, 0.9, None)
+    ],
+    *[
+        (k, 'class_weighting', v, TypeError, 'class_weighting is .*give ClassWeighting')
+        for k in (Influence, Published)
+        for v in ('on', ClassWeighting, True)
+    ],
     *[(Influence, 'score', v, ValueError, 'score is .*use one of') for v in ('mean', 'x', ['mean'], None)],
     *[(Published, 'score', v, ValueError, "score is .*use 'mean'") for v in ('loss', ('mean',), None)],
-    *[(Published, 'beta', v, ValueError, rf'beta is {v!r}; give a strength') for v in (INF, NAN, -1.0, True, '1', None)],
+    *[
+        (Published, 'beta', v, ValueError, rf'beta is {v!r}; give a strength')
+        for v in (INF, NAN, -1.0, True, '1', None)
+    ],
     *[(Published, 'transform', v, ValueError, rf'transform is {v!r}; use one of') for v in ('x', None, 1)],
-    *[(lambda callback: Reweighting(callback), 'callback', v, TypeError, 'callback is .*give a function') for v in ('x', None, Net, 1.0)],
+    *[
+        (lambda callback: Reweighting(callback), 'callback', v, TypeError, 'callback is .*give a function')
+        for v in ('x', None, Net, 1.0)
+    ],
     *whole(Every, 'k'),
     *whole(Every, 'start', 0),
     *switches(Every, 'teacher_first'),
@@ -297,7 +576,7 @@ SETTINGS = [
     *numbers(FixMatch, 'threshold', positive=False, bad=(INF, NAN, -1.0, 1.5)),
     *numbers(PseudoLabel, 'ramp', positive=False, bad=(INF, NAN, -1.0, 1.5)),
     *numbers(UDA, 'T'),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize('make,name,value,error,message', SETTINGS)
@@ -344,20 +623,44 @@ RULES = [
     (lambda: AuxiliaryLoss('hint'), TypeError, "loss is 'hint', a str; give a function"),
     (lambda: AuxiliaryLoss(max, outputs='maps'), TypeError, "outputs is 'maps', a str; give a function"),
     (lambda: AuxiliaryLoss(max, weight=NAN), ValueError, 'weight is nan: give a finite number above 0'),
-    (lambda: AuxiliaryLoss(max, base_weight=INF), ValueError, 'base_weight is inf: give a finite number of 0 or more'),
-    (lambda: AuxiliaryLoss(max, base_weight=True), TypeError, 'base_weight is True, a bool: give a plain number'),
+    (
+        lambda: AuxiliaryLoss(max, base_weight=INF),
+        ValueError,
+        'base_weight is inf: give a finite number of 0 or more',
+    ),
+    (
+        lambda: AuxiliaryLoss(max, base_weight=True),
+        TypeError,
+        'base_weight is True, a bool: give a plain number',
+    ),
     (lambda: generator(True), TypeError, 'seed is True: give an integer'),
     (lambda: generator(2.5), TypeError, 'seed is 2.5: give an integer'),
     (lambda: Fixed([1.0, NAN]), ValueError, 'weights must be finite, not negative'),
     (lambda: Fixed([1.0, INF]), ValueError, 'weights must be finite, not negative'),
     (lambda: Fixed('heavy'), TypeError, 'weights is str; give one number per sample'),
     (lambda: Fixed(torch.ones(2) > 0), TypeError, 'weights is torch.bool.*give one number per sample'),
-    (lambda: Fixed([1.0], class_weighting='auto'), TypeError, "class_weighting is 'auto', a str; give ClassWeighting"),
+    (
+        lambda: Fixed([1.0], class_weighting='auto'),
+        TypeError,
+        "class_weighting is 'auto', a str; give ClassWeighting",
+    ),
     (lambda: train_ssl('net', FixMatch(), None, None), TypeError, "student is 'net', a str; give a network"),
-    (lambda: train_ssl(net(), FixMatch(), None, None), TypeError, 'labelled is a NoneType.*give the first two'),
-    (lambda: train_ssl(net(), FixMatch(), None, None, training=Training()), TypeError, 'training is a Training; give SSL'),
-    (lambda: train_ssl(net(), FixMatch(), None, None, measure='x'), TypeError, "measure is 'x', a str; give a function"),
-]  # fmt: skip
+    (
+        lambda: train_ssl(net(), FixMatch(), None, None),
+        TypeError,
+        'labelled is a NoneType.*give the first two',
+    ),
+    (
+        lambda: train_ssl(net(), FixMatch(), None, None, training=Training()),
+        TypeError,
+        'training is a Training; give SSL',
+    ),
+    (
+        lambda: train_ssl(net(), FixMatch(), None, None, measure='x'),
+        TypeError,
+        "measure is 'x', a str; give a function",
+    ),
+]
 
 
 @pytest.mark.parametrize('make,error,message', RULES)

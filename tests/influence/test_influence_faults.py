@@ -1,4 +1,4 @@
-"Bad input of scores: each an error that names the argument, what was found and the remedy, before any solve; or the right number."
+"Bad input of scores: each an error that names argument, value and remedy, before any solve."
 
 import math
 import re
@@ -103,23 +103,51 @@ SCALAR = r"loss returns values of shape \(\) for \d samples; .*one value per sam
 LOSSES = {
     'mean': (lambda z, b: F.cross_entropy(z, b['y']), ValueError, SCALAR),
     'sum': (lambda z, b: F.cross_entropy(z, b['y'], reduction='sum'), ValueError, SCALAR),
-    '(b, 1)': (lambda z, b: batch_cross_entropy(z, b)[:, None], ValueError, r'shape \(\d, 1\) .*one value per sample'),
+    '(b, 1)': (
+        lambda z, b: batch_cross_entropy(z, b)[:, None],
+        ValueError,
+        r'shape \(\d, 1\) .*one value per sample',
+    ),
     '(b, C)': (lambda z, b: z.log_softmax(1), ValueError, r'shape \(\d, 3\) for .*one value per sample'),
     'mean in each place': (
         lambda z, b: batch_cross_entropy(z, b).mean().expand(len(z)),
         ValueError,
         'loss: the loss of a sample changes with the other samples.*compare outputs and labels',
     ),
-    'a list': (lambda z, b: [0.0] * len(z), TypeError, 'loss returns a list; give a tensor of one value per sample'),
+    'a list': (
+        lambda z, b: [0.0] * len(z),
+        TypeError,
+        'loss returns a list; give a tensor of one value per sample',
+    ),
     'nothing': (lambda z, b: None, TypeError, 'loss returns a NoneType; give a tensor'),
-    'NaN': (lambda z, b: batch_cross_entropy(z, b) * NAN, ValueError, r'loss is nan for the sample with index \d.*check'),
-    'infinite': (lambda z, b: batch_cross_entropy(z, b) / 0, ValueError, r'loss is inf for the sample with index \d.*check'),
-    'another key': (lambda z, b: F.cross_entropy(z, b['label']), ValueError, "loss fails .*KeyError: 'label'; give loss"),
-    'swapped': (lambda b, z: F.cross_entropy(z['logits'], b['y']), ValueError, r'loss fails with logits .*give loss\(logits, batch\)'),
+    'NaN': (
+        lambda z, b: batch_cross_entropy(z, b) * NAN,
+        ValueError,
+        r'loss is nan for the sample with index \d.*check',
+    ),
+    'infinite': (
+        lambda z, b: batch_cross_entropy(z, b) / 0,
+        ValueError,
+        r'loss is inf for the sample with index \d.*check',
+    ),
+    'another key': (
+        lambda z, b: F.cross_entropy(z, b['label']),
+        ValueError,
+        "loss fails .*KeyError: 'label'; give loss",
+    ),
+    'swapped': (
+        lambda b, z: F.cross_entropy(z['logits'], b['y']),
+        ValueError,
+        r'loss fails with logits .*give loss\(logits, batch\)',
+    ),
     'no function': ('cross_entropy', TypeError, "loss is 'cross_entropy', a str; give a function"),
     'missing': (None, TypeError, r'loss is None.*give a function loss\(logits, batch\)'),
-    'a module of PyTorch': (nn.CrossEntropyLoss(), TypeError, r'loss is CrossEntropyLoss\(\).*\(input, target\); give'),
-}  # fmt: skip
+    'a module of PyTorch': (
+        nn.CrossEntropyLoss(),
+        TypeError,
+        r'loss is CrossEntropyLoss\(\).*\(input, target\); give',
+    ),
+}
 
 
 @every
@@ -143,7 +171,11 @@ def test_a_target_against_an_output_of_another_shape(kind):
 
 
 OUTPUTS = {
-    'squeezed': (lambda m, b: m(b['x']).sum(1), ValueError, r'model returns \(\d,\) for .*keep the last axis'),
+    'squeezed': (
+        lambda m, b: m(b['x']).sum(1),
+        ValueError,
+        r'model returns \(\d,\) for .*keep the last axis',
+    ),
     'of every token': (
         lambda m, b: torch.stack([m(b['x'])] * 4, 1),
         ValueError,
@@ -152,12 +184,16 @@ OUTPUTS = {
     'a tuple': (lambda m, b: (m(b['x']), None), TypeError, r'model returns a tuple, logits .*\[0\]'),
     'a dictionary': (lambda m, b: dict(logits=m(b['x'])), TypeError, r"model returns a dict.*\['logits'\]"),
     'nothing': (lambda m, b: None, TypeError, 'model returns a NoneType, logits .*give forward'),
-    'an image': (lambda m, b: m(b['x'])[..., None, None], ValueError, r'model returns \(\d, 3, 1, 1\).*flatten\(1\)'),
+    'an image': (
+        lambda m, b: m(b['x'])[..., None, None],
+        ValueError,
+        r'model returns \(\d, 3, 1, 1\).*flatten\(1\)',
+    ),
     'one row': (lambda m, b: m(b['x'])[:1], ValueError, 'returns 1 rows of logits for .*one row for each'),
     'NaN': (lambda m, b: m(b['x']) * NAN, ValueError, 'returns logits that are NaN or infinite; check'),
     'infinite': (lambda m, b: m(b['x']) / 0, ValueError, 'returns logits that are NaN or infinite; check'),
     'no function': ('logits', TypeError, "forward is 'logits', a str; give a function forward"),
-}  # fmt: skip
+}
 
 
 @every
@@ -171,30 +207,86 @@ def test_outputs(kind, name):
 
 
 BATCHES = {
-    'without index': (dict(index=None), ValueError, "train: a batch has no tensor 'index'.*only .*give every sample"),
+    'without index': (
+        dict(index=None),
+        ValueError,
+        "train: a batch has no tensor 'index'.*only .*give every sample",
+    ),
     'a tuple': ('tuple', TypeError, 'train: a batch is a tuple; yield dictionaries'),
     'a tensor': ('tensor', TypeError, 'train: a batch is a Tensor; yield dictionaries'),
-    'of real indices': (dict(index=lambda i: i.float()), TypeError, r"train: batch\['index'\] is torch.float32.*int64"),
-    'of text indices': (dict(index=lambda i: [str(k) for k in i]), (TypeError, ValueError), "train: .*'index'.*give"),
-    'of two indices': (dict(index=lambda i: torch.stack([i, i], 1)), TypeError, r'torch.int64 \(\d, 2\); give one integer'),
-    'of short labels': (dict(y=lambda y: y[:-1]), ValueError, r"train: batch\['y'\] has \d rows for \d indices; give one"),
-    'of short inputs': (dict(x=lambda x: x[:-1]), ValueError, r"train: batch\['x'\] has \d rows for \d indices; give one"),
-    'of a label -100': (
-        dict(y=broken_label(-100)), ValueError, r'train: the sample with index 1 has the label -100.*\[0, 3\)',
+    'of real indices': (
+        dict(index=lambda i: i.float()),
+        TypeError,
+        r"train: batch\['index'\] is torch.float32.*int64",
     ),
-    'of a label C': (dict(y=broken_label(C)), ValueError, r'train: the sample with index 1 has the label 3.*3 classes.*\[0, 3\)'),
+    'of text indices': (
+        dict(index=lambda i: [str(k) for k in i]),
+        (TypeError, ValueError),
+        "train: .*'index'.*give",
+    ),
+    'of two indices': (
+        dict(index=lambda i: torch.stack([i, i], 1)),
+        TypeError,
+        r'torch.int64 \(\d, 2\); give one integer',
+    ),
+    'of short labels': (
+        dict(y=lambda y: y[:-1]),
+        ValueError,
+        r"train: batch\['y'\] has \d rows for \d indices; give one",
+    ),
+    'of short inputs': (
+        dict(x=lambda x: x[:-1]),
+        ValueError,
+        r"train: batch\['x'\] has \d rows for \d indices; give one",
+    ),
+    'of a label -100': (
+        dict(y=broken_label(-100)),
+        ValueError,
+        r'train: the sample with index 1 has the label -100.*\[0, 3\)',
+    ),
+    'of a label C': (
+        dict(y=broken_label(C)),
+        ValueError,
+        r'train: the sample with index 1 has the label 3.*3 classes.*\[0, 3\)',
+    ),
     'of a late label -100': (
-        dict(y=broken_label(-100), later=True), ValueError, r'train: the sample with index 6 has the label -100.*\[0, 3\)',
+        dict(y=broken_label(-100), later=True),
+        ValueError,
+        r'train: the sample with index 6 has the label -100.*\[0, 3\)',
     ),
     'of bytes': (dict(y=lambda y: y.byte()), (TypeError, ValueError), r"y'\].*uint8|loss fails"),
-    'of real labels': (dict(y=lambda y: y.float()), ValueError, r"loss fails with logits .*batch\['y'\].*fits the labels"),
-    'of repeated indices': (dict(index=lambda i: i // 2), ValueError, r'train: .*different indices, \d comes more.*its own index'),
-    'of wide inputs': (dict(x=lambda x: torch.cat([x, x], 1)), ValueError, r'model: Sequential fails on the batch \(x .*give inputs'),
-    'of double inputs': (dict(x=lambda x: x.double()), ValueError, 'x .* float64.*fails|fails on the batch .*float64.*give inputs'),
-    'of NaN inputs': (dict(x=lambda x: x * NAN), ValueError, 'NaN or infinite; check its weights and the inputs'),
+    'of real labels': (
+        dict(y=lambda y: y.float()),
+        ValueError,
+        r"loss fails with logits .*batch\['y'\].*fits the labels",
+    ),
+    'of repeated indices': (
+        dict(index=lambda i: i // 2),
+        ValueError,
+        r'train: .*different indices, \d comes more.*its own index',
+    ),
+    'of wide inputs': (
+        dict(x=lambda x: torch.cat([x, x], 1)),
+        ValueError,
+        r'model: Sequential fails on the batch \(x .*give inputs',
+    ),
+    'of double inputs': (
+        dict(x=lambda x: x.double()),
+        ValueError,
+        'x .* float64.*fails|fails on the batch .*float64.*give inputs',
+    ),
+    'of NaN inputs': (
+        dict(x=lambda x: x * NAN),
+        ValueError,
+        'NaN or infinite; check its weights and the inputs',
+    ),
     'of late NaN inputs': (dict(x=lambda x: x * NAN, later=True), ValueError, 'NaN|not finite'),
-    'of infinite inputs': (dict(x=lambda x: x / 0 * 0), ValueError, 'NaN or infinite; check its weights and the inputs'),
-}  # fmt: skip
+    'of infinite inputs': (
+        dict(x=lambda x: x / 0 * 0),
+        ValueError,
+        'NaN or infinite; check its weights and the inputs',
+    ),
+}
 
 
 def batches_of(name):
@@ -211,7 +303,11 @@ def test_batches(kind, name):
     message = message.replace('train: ', '') if kind == 'view' else message
     late = ('late' in name or 'repeated' in name) and kind.endswith('all')
     with pytest.raises(error, match=message):
-        scores(kind, train=batches_of(name), solver=(Woodbury if kind == 'self_all' else Exact)(0.1) if late else None)
+        scores(
+            kind,
+            train=batches_of(name),
+            solver=(Woodbury if kind == 'self_all' else Exact)(0.1) if late else None,
+        )
 
 
 SETS = {
@@ -328,7 +424,9 @@ EVERY_SOLVER = CG, Exact, Woodbury, Diagonal, KFAC, EKFAC, LiSSA, LBFGS, Polishe
 @pytest.mark.parametrize('damping', DAMPINGS, ids=repr)
 def test_damping(damping):
     for solver in EVERY_SOLVER:
-        with pytest.raises(ValueError, match=rf"damping is {re.escape(repr(damping))}; give a number above 0 .*or 'auto'"):
+        with pytest.raises(
+            ValueError, match=rf"damping is {re.escape(repr(damping))}; give a number above 0 .*or 'auto'"
+        ):
             solver(damping=damping)
 
 
@@ -351,15 +449,21 @@ def test_whole_numbers_of_solvers(solver, name, value):
         solver(**{name: value})
 
 
-OTHERS = [(s, dict(tol=v), ValueError, rf'tol is {v!r}: give a relative residual from 0 to 0.5')
-          for s in (CG, LiSSA, LBFGS, PolishedWoodbury) for v in (INF, NAN, 1.0, -0.1)]  # fmt: skip
+OTHERS = [
+    (s, dict(tol=v), ValueError, rf'tol is {v!r}: give a relative residual from 0 to 0.5')
+    for s in (CG, LiSSA, LBFGS, PolishedWoodbury)
+    for v in (INF, NAN, 1.0, -0.1)
+]
 OTHERS += [
     (s, dict(tol=v), TypeError, rf'tol is {v!r}, a .*plain number')
     for s in (CG, LiSSA)
     for v in ('0.1', True, None)
 ]
-OTHERS += [(s, dict(seed=v), TypeError, rf'seed is {v!r}, a .*give an integer')
-           for s in (Woodbury, KFAC, Diagonal) for v in (2.5, True, '0')]  # fmt: skip
+OTHERS += [
+    (s, dict(seed=v), TypeError, rf'seed is {v!r}, a .*give an integer')
+    for s in (Woodbury, KFAC, Diagonal)
+    for v in (2.5, True, '0')
+]
 OTHERS += [
     (s, dict(check=v), TypeError, rf'check is {v!r}, a .*use True or False')
     for s in (Woodbury, KFAC)
@@ -376,11 +480,14 @@ OTHERS += [
     (CG, dict(curvature=v), ValueError, rf"curvature is {v!r}; use one of 'ggn', 'hessian'")
     for v in ('fisher', None)
 ]
-OTHERS += [(CG, dict(preconditioner=v), TypeError, m) for v, m in (
-    (Woodbury, r'preconditioner is the class Woodbury; give .*Woodbury\(\)'),
-    ('woodbury', 'preconditioner is a str; give a solver with a written inverse'),
-    (CG(), 'preconditioner is a CG; give a solver with a written inverse'),
-)]  # fmt: skip
+OTHERS += [
+    (CG, dict(preconditioner=v), TypeError, m)
+    for v, m in (
+        (Woodbury, r'preconditioner is the class Woodbury; give .*Woodbury\(\)'),
+        ('woodbury', 'preconditioner is a str; give a solver with a written inverse'),
+        (CG(), 'preconditioner is a CG; give a solver with a written inverse'),
+    )
+]
 OTHERS += [
     (LiSSA, dict(scale=v), (ValueError, TypeError), rf"scale is {v!r}")
     for v in ('large', 0, -1.0, NAN, INF, True)
@@ -424,10 +531,19 @@ GROUPS = [
     (lambda: Scoring(forward=3), 'forward is 3, a int; give a function'),
     (lambda: Scoring(val_loss='mse'), "val_loss is 'mse', a str; give a function"),
     (lambda: AllLayerOptions(embeddings='yes'), "embeddings is 'yes', a str: use True or False"),
-    (lambda: influence_scores(MODEL, batch_cross_entropy, TRAIN, VAL, last_layer='no'), "last_layer is 'no', a str"),
-    (lambda: cross_scores(MODEL, batch_cross_entropy, TRAIN, VAL, scoring=CG()), r'scoring is a CG; give Scoring'),
-    (lambda: cross_scores(MODEL, batch_cross_entropy, TRAIN, VAL, scoring=Scoring), r'class Scoring; give Scoring\(solver'),
-]  # fmt: skip
+    (
+        lambda: influence_scores(MODEL, batch_cross_entropy, TRAIN, VAL, last_layer='no'),
+        "last_layer is 'no', a str",
+    ),
+    (
+        lambda: cross_scores(MODEL, batch_cross_entropy, TRAIN, VAL, scoring=CG()),
+        r'scoring is a CG; give Scoring',
+    ),
+    (
+        lambda: cross_scores(MODEL, batch_cross_entropy, TRAIN, VAL, scoring=Scoring),
+        r'class Scoring; give Scoring\(solver',
+    ),
+]
 
 
 @pytest.mark.parametrize('make,message', GROUPS)
