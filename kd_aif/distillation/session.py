@@ -311,4 +311,5 @@ def result(
         config=self.config,
         student=self.student,
         teacher=self.teacher,
+        train=self.data.train,
     )
