@@ -32,6 +32,7 @@ setup(
                  *('Programming Language :: Python :: ' + o for o in pythons[pythons.index(cfg['min_python']):])],
     url=cfg['git_url'],
     packages=find_packages(include=[cfg['lib_name'], cfg['lib_name'] + '.*']),
+    include_package_data=True,
     python_requires='>=' + cfg['min_python'],
     install_requires=requirements('requirements'),
     extras_require={extra: requirements(f'{extra}_requirements') for extra in requirements('extras')},
