@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..data.given_loaders import run_batches
 from ..data.training_set import read_samples, TrainingSet
 from kd_aif.distillation.checks import (
     check_data,
@@ -120,7 +121,7 @@ def trains_given_teacher(
 def distill(
     student: nn.Module,  # trained in place
     teacher: nn.Module | None,  # should have seen train and val, or neither; 'both' may train it on in place
-    train: Iterable[dict],  # re-iterable batches: dicts with 'index', 'y' and what the models need ('x')
+    train: Iterable[dict],  # batches: dicts of 'index', 'y' and inputs ('x'), see `samples`; or a plain DataLoader
     val: Iterable[dict],  # the same of held-out samples whose labels are good, from the same source as train
     *,
     mechanism: str | None = None,  # None (no scores), 'student' or 'both'
@@ -135,6 +136,7 @@ def distill(
     a checkpoint of another run; `Stopped` where the checkpoint's `stop` asks for it."""
     config = dict(mechanism=mechanism, schedule=schedule, weighting=weighting)
     config |= dict(objective=objective, training=training)
+    train, val, test = run_batches(train, val, test)
     session = open_session(unwrapped(student), unwrapped(teacher), train, val, test, config)
     procedure_of(mechanism, schedule)(session)
     session.finish()

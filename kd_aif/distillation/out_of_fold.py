@@ -14,6 +14,7 @@ from torch import nn, Tensor
 from ..foundation.checks import check_function, check_network, check_seed, check_switch
 from ..foundation.core import check_whole
 from ..influence.call_checks import check_scored
+from ..data.given_loaders import run_batches
 from ..data.mixed_batches import SubsetBatches
 from ..data.training_set import read_samples
 from .scoring import in_order
@@ -59,6 +60,7 @@ def out_of_fold_weights(
 ) -> tuple[CalibratedWeights, Tensor]:  # .values (n,), and (n,) the stable index of each
     "Calibrated weights by models that have seen neither the samples nor the validation set; raises as `cross_scores`"
     _check_arguments(fit, folds, loss, score, forward, seed, progress)
+    train, val, _ = run_batches(train, val)
     samples, _ = (read_samples(name, eval_view(b)) for name, b in (('train', train), ('val', val)))
     part, intervals, order = stratified_folds(samples.y, folds, seed), [], []
     options = dict(loss=loss, score=score, seed=seed, scoring=Scoring(forward=forward, progress=progress))
