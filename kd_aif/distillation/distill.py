@@ -11,7 +11,6 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..data.given_loaders import run_batches
 from ..data.training_set import read_samples, TrainingSet
 from kd_aif.distillation.checks import (
     check_data,
@@ -35,6 +34,7 @@ from ..foundation.batches import eval_view, model_device
 from ..models.features import default_forward
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #999d74e1
+from ..data.given_loaders import run_batches
 from kd_aif.distillation.shared_checks import (
     check_rows,
     check_shared_data,
@@ -132,8 +132,7 @@ def distill(
     training: Training = Training(),  # how networks are trained
 ) -> Run:  # metrics, weights, scores, seconds
     """Train a student under weights that say how much each training sample helps on held-out data (arXiv 2501.02705).
-    Raises `ValueError`/`TypeError` before any training for bad data, networks that do not fit, bad settings and
-    a checkpoint of another run; `Stopped` where the checkpoint's `stop` asks for it."""
+    Raises `ValueError`/`TypeError` before any training for what does not fit, `Stopped` where a checkpoint asks."""
     config = dict(mechanism=mechanism, schedule=schedule, weighting=weighting)
     config |= dict(objective=objective, training=training)
     train, val, test = run_batches(train, val, test)

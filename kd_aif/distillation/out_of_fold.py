@@ -46,6 +46,13 @@ def _check_arguments(fit, folds, loss, score, forward, seed, progress):
     check_seed(seed)
     check_switch('progress', progress)
 
+# %% ../../nbs/06_distillation/12_out_of_fold.ipynb #9c1e77a1
+def _read_sets(train, val):
+    "Batches with a stable index, and the training samples; raises `ValueError` or `TypeError` for what does not fit"
+    train, val, _ = run_batches(train, val)
+    samples, _ = (read_samples(name, eval_view(b)) for name, b in (('train', train), ('val', val)))
+    return train, val, samples
+
 # %% ../../nbs/06_distillation/12_out_of_fold.ipynb #02b45e07
 def out_of_fold_weights(
     fit: Callable,  # fit(batches) -> a model trained on these batches
@@ -60,8 +67,7 @@ def out_of_fold_weights(
 ) -> tuple[CalibratedWeights, Tensor]:  # .values (n,), and (n,) the stable index of each
     "Calibrated weights by models that have seen neither the samples nor the validation set; raises as `cross_scores`"
     _check_arguments(fit, folds, loss, score, forward, seed, progress)
-    train, val, _ = run_batches(train, val)
-    samples, _ = (read_samples(name, eval_view(b)) for name, b in (('train', train), ('val', val)))
+    train, val, samples = _read_sets(train, val)
     part, intervals, order = stratified_folds(samples.y, folds, seed), [], []
     options = dict(loss=loss, score=score, seed=seed, scoring=Scoring(forward=forward, progress=progress))
     for k in range(folds):

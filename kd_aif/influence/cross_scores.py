@@ -18,7 +18,6 @@ from ..foundation.processes import dealt_batches, gather_parts
 from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #003c8835
-from ..data.given_loaders import scored_batches
 from ..foundation.batches import batch_rows, check_order, sample_batches, sample_mask
 from ..foundation.core import check_whole
 from ..foundation.splits import class_groups, stratified_folds
@@ -310,7 +309,6 @@ def cross_scores(
     check_seed(seed)
     if views and not scoring.last_layer:
         raise ValueError("views are of the last layer; leave them out, or use last_layer=True")
-    train, val = scored_batches('train', train), scored_batches('val', val)
     target = 'mean' if 'mean' in score else 'posterior'
     args = model, loss, train, val, target, folds, seed, scoring
     return _crossed(_last_layer_folds(*args, views) if scoring.last_layer else _all_layer_folds(*args), score)

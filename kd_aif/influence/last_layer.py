@@ -16,7 +16,6 @@ from torch.func import grad
 from tqdm import tqdm
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #8ae04bb4
-from ..data.given_loaders import scored_batches
 from ..foundation.batches import batch_rows, check_order, find_positions, sample_mask, to_device
 from ..foundation.reprs import ShortRepr
 from ..foundation.splits import class_groups
@@ -298,7 +297,7 @@ def last_layer_view(
 ) -> LastLayerView:  # on the CPU or the model's device
     "One forward pass that keeps features, logits and the loss's derivatives at the logits"
     model, device = unwrapped(model), next(model.parameters()).device
-    batches, together = as_checked(name, scored_batches(name, batches)), is_sharded(model)
+    batches, together = as_checked(name, batches), is_sharded(model)
     chosen = _hessian_mask(name, batches.batches, max_hessians, n_samples)
     bar = tqdm(batches, desc='last layer', leave=False, **first_bar(progress))
     dealt = dealt_batches(bar, together)

@@ -22,11 +22,10 @@ from torch import nn, Tensor
 from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/04_influence/09_scores.ipynb #ed6f697b
-from ..data.given_loaders import scored_batches
 from ..foundation.batches import check_order, sample_batches
 from ..foundation.checks import check_network, check_switch
 from ..foundation.core import atomic_path, wall_seconds
-from .call_checks import check_scored, CheckedBatches, first_check
+from .call_checks import check_scored, CheckedBatches, first_check, scored_sets
 from ..foundation.processes import dealt_batches, gather_parts, unwrapped
 from .curvature import FlatModel, GaussNewton, mean_gradient
 from .directional import check_finite, check_mode, directional_scores
@@ -350,7 +349,6 @@ def all_layer_scores(
     check_scored(loss, val_loss, forward)
     check_solver(solver)
     _check_target(target)
-    train, val = scored_batches('train', train), scored_batches('val', val)
     _check_precision(model)
     names, note = scored_parameters(model, options.embeddings)
     flats = FlatModel(model, loss, forward, names), FlatModel(model, val_loss or loss, forward, names)
@@ -398,6 +396,5 @@ def influence_scores(
     check_scored(loss, val_loss, forward)
     check_solver(solver)
     check_switch('last_layer', last_layer)
-    train, val = scored_batches('train', train), scored_batches('val', val)
     score = _last_layer_scores if last_layer else all_layer_scores
-    return score(model, loss, train, val, solver, target, val_loss, forward, progress)
+    return score(model, loss, *scored_sets(train, val), solver, target, val_loss, forward, progress)
