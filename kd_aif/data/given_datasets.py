@@ -129,6 +129,8 @@ def _listed_labels(dataset):
     if isinstance(dataset, Subset):
         found = _listed_labels(dataset.dataset)
         return None if found is None else [found[i] for i in dataset.indices]
+    if isinstance(dataset, Transformed):
+        return _listed_labels(dataset.dataset)
     if getattr(dataset, 'target_transform', None) is not None:
         return None
     for name in ('targets', 'labels'):
@@ -140,7 +142,7 @@ def _listed_labels(dataset):
 # %% ../../nbs/02_data/14e_given_datasets.ipynb #018ef852
 def _listed_classes(dataset):
     "Names of the classes that the data set knows, or None"
-    if isinstance(dataset, Subset):
+    if isinstance(dataset, (Subset, Transformed)):
         return _listed_classes(dataset.dataset)
     found = getattr(dataset, 'classes', None)
     if isinstance(found, (list, tuple)) and found and all(isinstance(name, str) for name in found):

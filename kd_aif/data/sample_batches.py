@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 # %% ../../nbs/02_data/14d_sample_batches.ipynb #136d7bb8
+from .image_files import tensor_picture
 from .sample_labels import tensor_labels
 from .sample_sources import BatchReader, is_random, Loader, named_batch, row_text, SampleSource
 from .sample_views import SampleView
@@ -274,6 +275,8 @@ def _shown(self: SampleBatches, position):
     batch = next(iter(self._ordered()._read([(0, [position])])))
     x = named_batch(self.source.name, batch, self.source.label, self.source.labels_in_samples)
     x = x.get('x', x.get('input_ids'))[0]
+    if picture := tensor_picture(x):
+        return dict(kind='image', image=picture)
     return dict(kind='row', text=row_text(x.flatten().tolist()))
 
 

@@ -1,18 +1,34 @@
 "Data as users have it: each kind trains, and its scores are those of hand-made batches."
 
 import random
+import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import torchvision
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from kd_aif import cross_scores, distill, influence_scores, out_of_fold_weights, Training
+from kd_aif import (
+    cross_scores,
+    distill,
+    influence_scores,
+    load_images,
+    out_of_fold_weights,
+    samples,
+    Training,
+)
+from kd_aif.data.decisions import apply_decisions
 from kd_aif.data.given_datasets import array_source, dataset_source
 from kd_aif.data.given_loaders import as_batches, check_same_classes, scored_batches
+from kd_aif.data.image_files import image_size, open_image
+from kd_aif.data.images import hold_out
 from kd_aif.data.sample_batches import SampleBatches
 from kd_aif.data.sample_sources import drawn, Loader, SampleSource, TensorRows
+from kd_aif.data.text_batches import text_batches, TextBatches
 from kd_aif.distillation.evaluation import evaluate, predict
 from kd_aif.distillation.weighting import Fixed
 from kd_aif.foundation.losses import batch_cross_entropy
@@ -361,3 +377,317 @@ def test_drawn_gives_the_numbers_of_its_name():
         drawn(lambda: (torch.rand(1).item(), random.random(), np.random.rand()), 0, 'a', k) for k in (0, 1, 0)
     ]
     assert draws[0] == draws[2] and draws[0] != draws[1]
+
+
+# folders of images
+
+
+def pixels(i, h=6, w=6):
+    "A picture whose mean tells its class"
+    g = np.random.default_rng(i)
+    return (g.integers(0, 60, (h, w, 3)) + 60 * (i % 3)).astype(np.uint8)
+
+
+def folder(root, size=lambda i: (6, 6), names=('ant', 'bee', 'cat')):
+    for i in range(12):
+        (root / names[i % 3]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(i, *size(i))).save(root / names[i % 3] / f'{i:02}.png')
+    return root
+
+
+def pictures():
+    "The same pictures as tensors, in the order of class and name"
+    order = [i for c in range(3) for i in range(12) if i % 3 == c]
+    x = torch.stack([torch.from_numpy(pixels(i)).permute(2, 0, 1).float() / 255 for i in order])
+    return x, torch.tensor([i % 3 for i in order])
+
+
+def frame(root, relative=False):
+    files = sorted(folder(root / 'p').rglob('*.png'))
+    paths = [str(f.relative_to(root) if relative else f) for f in files]
+    return pd.DataFrame(dict(path=paths, label=[f.parent.name for f in files]))
+
+
+def csv_of_paths(root):
+    frame(root, relative=True).to_csv(root / 'list.csv', index=False)
+    return root / 'list.csv'
+
+
+def hub_images(root):
+    import datasets
+
+    x, y = pictures()
+    images = [Image.fromarray(p) for p in (x * 255).round().byte().permute(0, 2, 3, 1).numpy()]
+    features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=['ant', 'bee', 'cat']))
+    return datasets.Dataset.from_dict(dict(img=images, label=y.tolist()), features=features)
+
+
+def parquet_of_images(root):
+    hub_images(root).to_parquet(root / 'images.parquet')
+    return root / 'images.parquet'
+
+
+class PictureSet(Dataset):
+    "Pictures of Pillow, as torchvision gives them without a transform"
+
+    classes = ['ant', 'bee', 'cat']
+
+    def __init__(self, root):
+        self.x, self.y = pictures()
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return Image.fromarray((self.x[i] * 255).round().byte().permute(1, 2, 0).numpy()), int(self.y[i])
+
+
+def reader(root, workers=0):
+    return samples(folder(root), batch_size=4, workers=workers)
+
+
+IMAGE_KINDS = {
+    'folder': reader,
+    'folder, two workers': lambda root: reader(root, 2),
+    'folder with transforms': lambda root: samples(
+        folder(root), batch_size=4, transform=(lambda p: p.transpose(Image.Transpose.FLIP_TOP_BOTTOM), None)
+    ),
+    'CSV of paths': lambda root: samples(csv_of_paths(root), batch_size=4),
+    'DataFrame of paths': lambda root: samples(frame(root), batch_size=4),
+    'datasets.Dataset of images': lambda root: samples(hub_images(root), batch_size=4),
+    'Parquet of images': lambda root: samples(parquet_of_images(root), batch_size=4),
+    'datasets.Dataset with a transform': lambda root: samples(
+        hub_images(root).with_transform(
+            lambda rows: dict(x=[tensor(p) for p in rows['img']], y=rows['label'])
+        ),
+        batch_size=4,
+    ),
+    'data set of PIL pictures': lambda root: samples(PictureSet(root), batch_size=4),
+    'torchvision ImageFolder': lambda root: samples(
+        torchvision.datasets.ImageFolder(str(folder(root)), transform=tensor), batch_size=4
+    ),
+}
+
+
+def tensor(picture):
+    return torch.from_numpy(np.array(picture.convert('RGB'))).permute(2, 0, 1).float() / 255
+
+
+@pytest.mark.parametrize('kind', IMAGE_KINDS)
+def test_each_kind_of_image_scores_and_trains_as_batches_made_by_hand(kind, tmp_path):
+    model, batches, (x, y) = small(1, 108), IMAGE_KINDS[kind](tmp_path), pictures()
+    known = by_hand(x, y, size=4)
+    options = dict(last_layer=False, progress=False)
+    found, expected = (
+        influence_scores(model, batch_cross_entropy, b, known, **options) for b in (batches, known)
+    )
+    assert torch.equal(found.values, expected.values)
+    train, val = batches.hold_out(3)
+    run = distill(small(2, 108), model, train, val, training=Training(epochs=1, progress=False))
+    assert len(run.history) == 1
+    if 'with a transform' not in kind:
+        assert batches.classes == ('ant', 'bee', 'cat')
+    view = batches.view([5])[0]
+    assert view.kind == 'image' and view.image.size == (6, 6)
+
+
+MODES = {
+    'grey': lambda: Image.new('L', (5, 4), 128),
+    'one bit': lambda: Image.new('1', (5, 4), 1),
+    'palette': lambda: Image.new('RGB', (5, 4), (255, 0, 0)).quantize(4),
+    'CMYK': lambda: Image.new('CMYK', (5, 4), (0, 255, 255, 0)),
+    'RGBA': lambda: Image.new('RGBA', (5, 4), (0, 0, 255, 0)),
+    'LA': lambda: Image.new('LA', (5, 4), (0, 255)),
+    '16 bits': lambda: Image.fromarray(np.full((4, 5), 32896, np.uint16)),
+}
+COLOURS = {
+    'grey': (128, 128, 128), 'one bit': (255, 255, 255), 'palette': (255, 0, 0), 'CMYK': (255, 0, 0),
+    'RGBA': (255, 255, 255), 'LA': (0, 0, 0), '16 bits': (128, 128, 128),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_every_mode_becomes_red_green_and_blue(mode, tmp_path):
+    suffix = 'tif' if mode == 'CMYK' else 'png'
+    MODES[mode]().save(tmp_path / f'a.{suffix}')
+    picture = open_image(str(tmp_path / f'a.{suffix}'))
+    assert picture.mode == 'RGB' and picture.getpixel((2, 2)) == COLOURS[mode]
+
+
+def test_pictures_stand_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the left column is the upper row
+    picture = Image.new('RGB', (6, 4))
+    picture.paste((255, 255, 255), (0, 0, 1, 4))
+    picture.save(path := tmp_path / 'a.png', exif=exif)
+    assert image_size(str(path)) == (6, 4) and open_image(str(path)).size == (4, 6)
+    assert open_image(str(path)).getpixel((1, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize('size, shape', [(6, (6, 6)), ((4, 5), (4, 5)), ([3, 9], (3, 9))], ids=str)
+def test_mixed_sizes_get_one_size(size, shape, tmp_path):
+    root = folder(tmp_path, size=lambda i: (6 + i, 9))
+    batch = next(iter(samples(root, size=size, batch_size=4)))
+    assert batch['x'].shape == (4, 3, *shape) and 0 <= batch['x'].min() <= batch['x'].max() <= 1
+
+
+def test_a_transform_may_make_one_size(tmp_path):
+    root = folder(tmp_path, size=lambda i: (6 + i, 9))
+    small_one = lambda p: p.resize((5, 5))
+    assert next(iter(samples(root, transform=small_one)))['x'].shape == (12, 3, 5, 5)
+
+
+def test_hidden_files_are_listed(tmp_path):
+    root = folder(tmp_path)
+    (root / '.DS_Store').write_text('')
+    (root / 'ant' / 'Thumbs.db').write_text('')
+    with pytest.warns(UserWarning, match=r'2 hidden files are left out: \.DS_Store, ant/Thumbs\.db'):
+        assert len(samples(root).y) == 12
+
+
+def test_a_split_that_lacks_a_class_keeps_the_numbers_of_the_others(tmp_path):
+    train, val = folder(tmp_path / 'train'), folder(tmp_path / 'val')
+    shutil.rmtree(val / 'bee')
+    alone, given = samples(val), samples(val, classes=('ant', 'bee', 'cat'))
+    assert given.y.tolist() == [0] * 4 + [2] * 4 and given.classes == samples(train).classes
+    with pytest.raises(ValueError, match='val has the classes ant, cat, train has ant, bee, cat'):
+        distill(small(1, 108), None, samples(train), alone, training=Training(epochs=1, progress=False))
+
+
+# tables of numbers and texts
+
+
+def numbers():
+    return pd.DataFrame(X.numpy().astype(np.float64), columns=list('abcd')).assign(
+        label=[f'k{y}' for y in Y.tolist()]
+    )
+
+
+def number_csv(root):
+    numbers().to_csv(root / 'n.csv', index=False)
+    return root / 'n.csv'
+
+
+def number_parquet(root):
+    numbers().to_parquet(root / 'n.parquet')
+    return root / 'n.parquet'
+
+
+def hub_numbers(root):
+    import datasets
+
+    return datasets.Dataset.from_dict(dict(features=X.tolist(), label=Y.tolist()))
+
+
+TABLE_KINDS = {
+    'DataFrame of numbers': lambda root: numbers(),
+    'CSV of numbers': number_csv,
+    'Parquet of numbers': number_parquet,
+    'datasets.Dataset of vectors': hub_numbers,
+    'list of dictionaries': lambda root: numbers().to_dict('records'),
+    'tuple of arrays': lambda root: (X.numpy(), Y.numpy()),
+    'DataLoader': lambda root: DataLoader(TensorDataset(X, Y), SIZE, shuffle=True),
+}
+
+
+@pytest.mark.parametrize('kind', TABLE_KINDS)
+def test_each_kind_of_table_scores_and_trains_as_batches_made_by_hand(kind, tmp_path):
+    model, known = small(1), by_hand(X, Y)
+    batches = samples(TABLE_KINDS[kind](tmp_path), batch_size=SIZE)
+    options = dict(last_layer=False, progress=False)
+    found, expected = (
+        influence_scores(model, batch_cross_entropy, b, known, **options) for b in (batches, known)
+    )
+    assert torch.equal(found.index, expected.index) and torch.equal(found.values, expected.values)
+    run = distill(small(2), model, *batches.hold_out(0.2), training=Training(epochs=1, progress=False))
+    assert len(run.history) == 1 and batches.view([2])[0].kind == 'row'
+
+
+def test_columns_that_are_not_used_are_named():
+    table = numbers().assign(source='web')
+    found = samples(table, inputs=('a', 'b'))
+    assert 'not used: c, d, source' in repr(found) and next(iter(found))['x'].shape == (N, 2)
+
+
+def test_labels_of_a_table():
+    assert samples(numbers().assign(label=range(1, N + 1)), inputs='a').classes[:2] == ('1', '2')
+    assert samples(numbers().assign(label=np.linspace(0, 1, N))).y.dtype == torch.float32
+    assert samples(numbers(), classes=['k2', 'k1', 'k0']).y.tolist() == (2 - Y).tolist()
+    assert samples(numbers().rename(columns=dict(label='kind')), label='kind').classes == ('k0', 'k1', 'k2')
+
+
+TEXTS = dict(text=[' '.join([str(3 + k % 3)] * (1 + k % 5)) for k in range(12)], label=['a', 'b', 'c'] * 4)
+
+
+class TokenSum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.EmbeddingBag(40, 4), nn.Linear(4, 3)
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+        return self.head(self.embedding(input_ids))
+
+
+def test_texts_score_train_and_split(words, tmp_path):
+    pd.DataFrame(TEXTS).to_csv(tmp_path / 't.csv', index=False)
+    import datasets
+
+    table = pd.DataFrame(TEXTS).rename(columns=dict(text='said', label='kind'))
+    for source, names in (
+        (tmp_path / 't.csv', {}),
+        (pd.DataFrame(TEXTS), {}),
+        (datasets.Dataset.from_dict(TEXTS), {}),
+        (table, dict(text='said', label='kind')),
+        ((TEXTS['text'], TEXTS['label']), {}),
+    ):
+        batches = samples(source, tokenizer=words(), batch_size=4, **names)
+        assert isinstance(batches, TextBatches) and batches.classes == ('a', 'b', 'c')
+        expected = list(text_batches((TEXTS['text'], TEXTS['label']), words(), batch_size=4, shuffle=False))
+        for a, b in zip(batches.eval_view(), expected, strict=True):
+            assert all(torch.equal(a[k], b[k]) for k in b)
+    train, val = batches.hold_out(3)
+    assert val.y.bincount().tolist() == [1, 1, 1] and val.view(val.index)[0].text in TEXTS['text']
+    model = TokenSum()
+    run = distill(TokenSum(), model, train, val, training=Training(epochs=1, progress=False))
+    assert len(run.history) == 1
+    assert len(cross_scores(model, batch_cross_entropy, train, val).index) == 9
+
+
+# decisions
+
+
+def decided(
+    index=(1, 4, 5), decision=('relabel', 'drop', 'accept'), given=('1', '1', '2'), label=('2', '', '')
+):
+    return pd.DataFrame(dict(index=index, decision=decision, given=given, label=label, note='seen'))
+
+
+def test_decisions_change_and_drop_samples(tmp_path):
+    decided().to_csv(tmp_path / 'd.csv', index=False)
+    for decisions in (decided(), tmp_path / 'd.csv', str(tmp_path / 'd.csv')):
+        batches = samples((X, Y), decisions=decisions, batch_size=SIZE)
+        assert 4 not in batches.index.tolist() and len(batches.y) == N - 1
+        assert batches.y[1] == 2 and batches.y[4] == Y[5] and batches.index[4] == 5
+        batch = ordered(batches)
+        assert batch['y'][1] == 2 and torch.equal(batch['x'][4], X[5])
+    assert torch.equal(ordered(samples(TensorDataset(X, Y), decisions=decided()))['y'], batch['y'])
+
+
+def test_decisions_about_names_and_numbers(words):
+    named = decided(given=['b', 'b', 'c'], label=['c', None, None])
+    texts = samples((TEXTS['text'], TEXTS['label']), tokenizer=words(), decisions=named)
+    assert texts.index.tolist() == [0, 1, 2, 3, *range(5, 12)] and texts.y[1] == 2
+    value = X.sum(1)
+    real = decided(given=[float(value[i]) for i in (1, 4, 5)], label=[0.25, None, None])
+    found = samples((X, value), decisions=real)
+    assert found.y[1] == 0.25 and len(found.y) == N - 1
+
+
+def test_decisions_about_images_in_memory():
+    data = hold_out(load_images(progress=False), 20, 0)[1]
+    i = data.index.tolist()
+    given = [data.classes[y] for y in data.y[:2].tolist()]
+    table = pd.DataFrame(dict(index=i[:2], decision=['drop', 'relabel'], given=given, label=[None, '7']))
+    after = apply_decisions(data, table)
+    assert after.index.tolist() == i[1:] and after.y[0] == 7 and after.fingerprint != data.fingerprint
+    assert torch.equal(after.x, data.x[1:])
