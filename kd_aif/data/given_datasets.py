@@ -159,21 +159,25 @@ def _read_labels(source, loader, positions):
     view = SampleBatches(source, loader)._ordered()
     parts = [positions[i : i + loader.batch_size] for i in range(0, len(positions), loader.batch_size)]
     y, index, floats = [], [], False
-    for batch in view._read([(0, part) for part in parts]):
+    for part, batch in zip(parts, view._read([(0, part) for part in parts])):
         found = named_batch(source.name, batch, source.label)
-        _check_label_column(source.name, found['y'])
+        _check_label_column(source.name, found['y'], len(part))
         floats |= isinstance(found['y'], Tensor) and found['y'].is_floating_point()
         y += _as_list(found['y'])
         index += _as_list(found['index']) if 'index' in found else []
     return (torch.tensor(y, dtype=torch.float64) if floats else y), (index or None)
 
-
-def _check_label_column(name, y):
-    "One label per sample; ValueError for others"
+# %% ../../nbs/02_data/14e_given_datasets.ipynb #dcf7f079
+def _check_label_column(name, y, n):
+    "One label per sample; ValueError or TypeError for others"
     if isinstance(y, Tensor):
         tensor_labels(name, y[:0] if y.ndim == 1 else y, None)
     elif not isinstance(y, (list, tuple)):
         raise TypeError(f'{name}: labels are a {type(y).__name__}; give numbers or names, one per sample')
+    if len(y) != n:
+        raise ValueError(
+            f'{name}: {n} samples give {len(y)} labels; a data set or collate must keep all samples, one row each'
+        )
 
 # %% ../../nbs/02_data/14e_given_datasets.ipynb #806df91f
 def _labels_and_index(source, loader):
