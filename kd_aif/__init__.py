@@ -23,6 +23,7 @@ _HOME = {  # name -> module in which it is defined; imported when it is first as
     'start_processes': 'foundation.processes',
     'stop_processes': 'foundation.processes',
     'shared_work': 'foundation.processes',
+    'samples': 'data.samples',
     'load_images': 'data.sources',
     'build_model': 'models.build',
 }

@@ -34,6 +34,7 @@ from ..foundation.batches import eval_view, model_device
 from ..models.features import default_forward
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #999d74e1
+from ..data.given_loaders import run_batches
 from kd_aif.distillation.shared_checks import (
     check_rows,
     check_shared_data,
@@ -120,7 +121,7 @@ def trains_given_teacher(
 def distill(
     student: nn.Module,  # trained in place
     teacher: nn.Module | None,  # should have seen train and val, or neither; 'both' may train it on in place
-    train: Iterable[dict],  # re-iterable batches: dicts with 'index', 'y' and what the models need ('x')
+    train: Iterable[dict],  # batches: dicts of 'index', 'y' and inputs ('x'), see `samples`; or a plain DataLoader
     val: Iterable[dict],  # the same of held-out samples whose labels are good, from the same source as train
     *,
     mechanism: str | None = None,  # None (no scores), 'student' or 'both'
@@ -131,10 +132,10 @@ def distill(
     training: Training = Training(),  # how networks are trained
 ) -> Run:  # metrics, weights, scores, seconds
     """Train a student under weights that say how much each training sample helps on held-out data (arXiv 2501.02705).
-    Raises `ValueError`/`TypeError` before any training for bad data, networks that do not fit, bad settings and
-    a checkpoint of another run; `Stopped` where the checkpoint's `stop` asks for it."""
+    Raises `ValueError`/`TypeError` before any training for what does not fit, `Stopped` where a checkpoint asks."""
     config = dict(mechanism=mechanism, schedule=schedule, weighting=weighting)
     config |= dict(objective=objective, training=training)
+    train, val, test = run_batches(train, val, test)
     session = open_session(unwrapped(student), unwrapped(teacher), train, val, test, config)
     procedure_of(mechanism, schedule)(session)
     session.finish()

@@ -14,6 +14,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import nn, Tensor
 
 # %% ../../nbs/06_distillation/03_evaluation.ipynb #9558ffbb
+from ..data.given_loaders import scored_batches
 from ..foundation.batches import model_device, to_device
 from ..foundation.core import evaluating
 from ..foundation.losses import kd_loss, squared_difference
@@ -28,7 +29,7 @@ def predict(
     "What the model says of every sample, and the labels"
     parts = []
     with evaluating(model), torch.no_grad():
-        for batch in batches:
+        for batch in scored_batches('batches', batches, key='y'):
             batch = to_device(batch, model_device(model))
             parts.append((forward(model, batch), batch['y']))
     return tuple(map(torch.cat, zip(*parts)))

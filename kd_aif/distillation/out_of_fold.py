@@ -14,6 +14,7 @@ from torch import nn, Tensor
 from ..foundation.checks import check_function, check_network, check_seed, check_switch
 from ..foundation.core import check_whole
 from ..influence.call_checks import check_scored
+from ..data.given_loaders import run_batches
 from ..data.mixed_batches import SubsetBatches
 from ..data.training_set import read_samples
 from .scoring import in_order
@@ -45,6 +46,13 @@ def _check_arguments(fit, folds, loss, score, forward, seed, progress):
     check_seed(seed)
     check_switch('progress', progress)
 
+# %% ../../nbs/06_distillation/12_out_of_fold.ipynb #9c1e77a1
+def _read_sets(train, val):
+    "Batches with a stable index, and the training samples; raises `ValueError` or `TypeError` for what does not fit"
+    train, val, _ = run_batches(train, val)
+    samples, _ = (read_samples(name, eval_view(b)) for name, b in (('train', train), ('val', val)))
+    return train, val, samples
+
 # %% ../../nbs/06_distillation/12_out_of_fold.ipynb #02b45e07
 def out_of_fold_weights(
     fit: Callable,  # fit(batches) -> a model trained on these batches
@@ -59,7 +67,7 @@ def out_of_fold_weights(
 ) -> tuple[CalibratedWeights, Tensor]:  # .values (n,), and (n,) the stable index of each
     "Calibrated weights by models that have seen neither the samples nor the validation set; raises as `cross_scores`"
     _check_arguments(fit, folds, loss, score, forward, seed, progress)
-    samples, _ = (read_samples(name, eval_view(b)) for name, b in (('train', train), ('val', val)))
+    train, val, samples = _read_sets(train, val)
     part, intervals, order = stratified_folds(samples.y, folds, seed), [], []
     options = dict(loss=loss, score=score, seed=seed, scoring=Scoring(forward=forward, progress=progress))
     for k in range(folds):

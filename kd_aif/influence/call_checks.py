@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEW', 'check_outputs', 'check_losses', 'check_loss', 'check_rows', 'check_class_labels', 'check_different',
-           'CheckedBatches', 'as_checked', 'read_outputs', 'first_check', 'check_loss_function', 'check_scored']
+           'CheckedBatches', 'scored_sets', 'as_checked', 'read_outputs', 'first_check', 'check_loss_function',
+           'check_scored']
 
 # %% ../../nbs/04_influence/02c_call_checks.ipynb #4f3e277f
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
+from ..data.given_loaders import scored_batches
 from ..foundation.batches import batch_rows, batch_size, to_device
 from ..foundation.checks import check_function
 from .forward_mode import measuring
@@ -250,11 +252,19 @@ class CheckedBatches:
             )
         if isinstance(batches, Iterator):
             raise ValueError(f'{name}: an iterator can be read only once; give a list or another re-iterable')
-        self.name, self.batches, self.first, self.keys = name, batches, first, keys
+        self.name, self.batches, self.first, self.keys = name, scored_batches(name, batches), first, keys
         self.n_classes, self.different, self.done = 1, different, False
 
     def __len__(self):
         return len(self.batches)
+
+# %% ../../nbs/04_influence/02c_call_checks.ipynb #5b0e77a1
+def scored_sets(
+    train: Iterable[dict],  # batches to score, or a plain `DataLoader`
+    val: Iterable[dict],  # held-out batches, or a plain `DataLoader`
+) -> tuple[Iterable[dict], Iterable[dict]]:  # both with a stable index
+    "Both sets as `scored_batches` gives them; ValueError or TypeError for a loader that cannot have an index"
+    return scored_batches('train', train), scored_batches('val', val)
 
 # %% ../../nbs/04_influence/02c_call_checks.ipynb #58a1f4c5
 def as_checked(

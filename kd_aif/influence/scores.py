@@ -20,7 +20,7 @@ from ..foundation.reprs import ShortRepr
 from ..foundation.batches import check_order, sample_batches
 from ..foundation.checks import check_network, check_switch
 from ..foundation.core import wall_seconds
-from .call_checks import check_scored, CheckedBatches, first_check
+from .call_checks import check_scored, CheckedBatches, first_check, scored_sets
 from ..foundation.processes import dealt_batches, gather_parts, unwrapped
 from .curvature import FlatModel, GaussNewton, mean_gradient
 from .directional import check_finite, check_mode, directional_scores
@@ -288,5 +288,6 @@ def influence_scores(
     check_solver(solver)
     check_switch('last_layer', last_layer)
     score = _last_layer_scores if last_layer else all_layer_scores
+    train, val = scored_sets(train, val)
     found = score(model, loss, train, val, solver, target, val_loss, forward, progress)
     return replace(found, batches=train)

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 # %% ../../nbs/04_influence/09b_self_influence.ipynb #524be260
+from ..data.given_loaders import scored_batches
 from ..foundation.batches import batch_rows, sample_batches, to_device
 from ..foundation.core import bar_options
 from ..foundation.batches import row_slices
@@ -148,5 +149,6 @@ def self_influence(
             f"solver is {type(solver).__name__}: self-influence needs one with a written inverse; "
             "use Woodbury(), EKFAC() or, for the last layer, Exact()"
         )
+    train = scored_batches('train', train)
     start, prepare = perf_counter(), _last_layer_pieces if last_layer else _all_layer_pieces
     return _self_scores(start, *prepare(model, loss, train, solver, forward, progress, embeddings))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/07_rivals/04_confident_learning.ipynb #6f98a7c5
+from ..data.given_loaders import as_batches
 from ..data.mixed_batches import SubsetBatches
 from ..foundation.batches import eval_view, to_device
 from ..foundation.core import evaluating
@@ -39,6 +40,7 @@ def out_of_fold_probabilities(
 ) -> Tensor:  # (n, C) float32, in the order of eval_view(train)
     """Class probabilities of every training sample from a model that has not seen it.
     Raises `ValueError` for fewer than two folds, or fewer samples than folds."""
+    train = as_batches('train', train)
     samples = [(b['index'], b['y']) for b in eval_view(train)]
     index, y = (torch.cat(o).cpu() for o in zip(*samples))
     if not isinstance(folds, int) or not 2 <= folds <= len(y):

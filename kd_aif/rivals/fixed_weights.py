@@ -13,6 +13,7 @@ import torch
 from torch import nn, Tensor
 
 # %% ../../nbs/07_rivals/02_fixed_weights.ipynb #358cdee7
+from ..data.given_loaders import run_batches
 from ..data.mixed_batches import MixedBatches
 from ..foundation.core import check_fraction, generator
 from ..influence.cross_scores import CrossScores
@@ -115,7 +116,7 @@ def self_influence_cross(
 ) -> CrossScores:  # one fold: minus the self-influence of training samples; that of val as reference
     """Negative self-influence for `calibrated_weights`; raises `ValueError` as `self_influence`.
     Score: Koh and Liang (2017), section 5.4; as a calibrated score, ours."""
-    both = MixedBatches(train, val).eval_view()
+    both = MixedBatches(*run_batches(train, val)[:2]).eval_view()
     samples = [(b['y'], b['held_out']) for b in both]
     y, held_out = (torch.cat(o).cpu() for o in zip(*samples))
     scores = self_influence(model, loss, both, solver, last_layer, forward, progress)

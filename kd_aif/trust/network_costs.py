@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..data.given_loaders import as_batches
 from ..foundation.batches import eval_view, model_device, to_device
 from ..foundation.core import evaluating, wall_seconds
 from ..models.features import default_forward
@@ -124,7 +125,7 @@ def network_cost(
 ) -> NetworkCost:  # for one sample
     "Parameters, multiply-adds, seconds and energy of a network. Raises `ValueError` for empty batches"
     device, seconds = model_device(model), []
-    batches = [to_device(batch, device) for batch in eval_view(batches)]
+    batches = [to_device(batch, device) for batch in eval_view(as_batches('batches', batches, key='y'))]
     if not batches:
         raise ValueError("batches are empty; give at least one batch with 'y'")
     n = sum(len(batch['y']) for batch in batches)

@@ -12,6 +12,7 @@ import numpy as np
 from fastcore.basics import patch
 from torch import nn
 
+from ..data.given_loaders import as_batches
 from ..foundation.batches import eval_view
 from .principles import measure_network, SafeOptions
 from .rank_graduation import Estimate
@@ -182,6 +183,6 @@ def safe_report(
     if wrong or not named:
         found = ', '.join(f'{k}: {v}' for k, v in wrong.items()) or type(networks).__name__
         raise TypeError(f"networks is {found}; give {{name: network}}, or what distill returns")
-    batches = eval_view(test)
+    batches = eval_view(as_batches('test', test, key='y'))
     measures = {name: measure_network(network, batches, options) for name, network in named.items()}
     return SafeReport(measures, sum(len(b['y']) for b in batches))
