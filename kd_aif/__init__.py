@@ -23,6 +23,10 @@ _HOME = {  # name -> module in which it is defined; imported when it is first as
     'start_processes': 'foundation.processes',
     'stop_processes': 'foundation.processes',
     'shared_work': 'foundation.processes',
+    'sample_table': 'distillation.sample_table',
+    'explain': 'trust.explain',
+    'cleaning_list': 'trust.cleaning',
+    'browse_page': 'trust.browse',
     'load_images': 'data.sources',
     'build_model': 'models.build',
 }
