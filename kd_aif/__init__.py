@@ -24,6 +24,12 @@ _HOME = {  # name -> module in which it is defined; imported when it is first as
     'stop_processes': 'foundation.processes',
     'shared_work': 'foundation.processes',
     'samples': 'data.samples',
+    'sample_table': 'distillation.sample_table',
+    'explain': 'trust.explain',
+    'cleaning_list': 'trust.cleaning',
+    'browse_page': 'trust.browse',
+    'score_samples': 'trust.scored_samples',
+    'score_out_of_fold': 'trust.scored_samples',
     'load_images': 'data.sources',
     'build_model': 'models.build',
 }

@@ -97,7 +97,7 @@
     const room = rows.clientWidth || grid.clientWidth, least = isText ? Math.min(290, room - 2 * GAP) : narrow.matches ? 100 : 116;
     across = Math.max(1, Math.floor((room - GAP) / (least + GAP)));
     width = Math.floor((room - GAP) / across) - GAP;
-    height = isText ? 150 : width + 42;
+    height = !isText ? width + 42 : narrow.matches ? 124 : 150;
     rows.style.height = `${Math.max(1, Math.ceil(order.length / across)) * (height + GAP) + GAP}px`;
   }
   function blank() {

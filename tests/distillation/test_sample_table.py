@@ -10,6 +10,7 @@ from torch import nn
 
 from kd_aif.data.images import ImageData
 from kd_aif.data.loaders import ImageBatches
+from kd_aif.data.text_files import read_texts
 from kd_aif.distillation.distill import distill
 from kd_aif.distillation.sample_table import reason_text, sample_table
 from kd_aif.distillation.trainer import Training
@@ -222,3 +223,28 @@ def test_scores_show_their_samples(batches, scores, tmp_path):
     assert (
         'text/html' not in self_influence(Net(), batch_cross_entropy, batches.eval_view())._repr_mimebundle_()
     )
+
+
+class Texts:
+    "Batches of a `TextData` in an order of their own; the label is read off the length of the text"
+
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        order = torch.arange(len(self.data)).flip(0)
+        lengths = torch.tensor([float(len(text)) for text in self.data.texts])
+        yield dict(x=lengths[order, None] - 12, y=self.data.y[order], index=self.data.index[order])
+
+
+def test_texts_stand_beside_their_numbers(tmp_path):
+    data = read_texts(([HOSTILE, 'short', 'a much longer text', 'tiny'], ['long', 'short', 'short', 'short']))
+    model = nn.Linear(1, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        model.bias.zero_()
+    table = sample_table(None, model, Texts(data), weights=torch.arange(4.0), index=data.index)
+    assert table.text.tolist() == list(data.texts) and table.weight.tolist() == [0, 1, 2, 3]
+    assert table.given.tolist() == ['long', 'short', 'short', 'short'] and table.loss.idxmax() == 2
+    table.to_csv(tmp_path / 't.csv')
+    assert pd.read_csv(tmp_path / 't.csv', index_col='index').text.tolist() == list(data.texts)
