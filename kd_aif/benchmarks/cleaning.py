@@ -33,7 +33,7 @@ from ..foundation.losses import batch_cross_entropy
 from ..reporting.record_files import find_record, save_record
 from ..reporting.records import make_record, markdown_table, Record
 from ..rivals.confident_learning import confident_learning, out_of_fold_probabilities
-from ..trust.cleaning import cleaning_list, precision_at
+from ..trust.cleaning import cleaning_list, CRITERIA, precision_at
 from ..trust.scored_samples import score_out_of_fold, score_samples, ScoredSamples
 
 # %% ../../nbs/11_benchmarks/21_cleaning.ipynb #dfe7ea85
@@ -47,8 +47,8 @@ def _by(values, index):
 # %% ../../nbs/11_benchmarks/21_cleaning.ipynb #89d43d21
 def _lists_of_table(table, name):
     "Stable indices by name of the list, the most suspicious first"
-    found = {by: cleaning_list(table, len(table), by) for by in ('suspicion', 'score', 'self_confidence')}
-    words = {'suspicion': 'probability, then score', 'score': 'influence + loss', 'self_confidence': 'loss'}
+    found = {by: cleaning_list(table, len(table), by) for by in CRITERIA}
+    words = {'probability': 'probability, then score', 'score': 'influence + loss', 'self_confidence': 'loss'}
     return {f'{words[by]}{name}': torch.tensor(rows.index.to_numpy()) for by, rows in found.items()}
 
 # %% ../../nbs/11_benchmarks/21_cleaning.ipynb #546911e6

@@ -93,16 +93,13 @@ def suspicious(
     self: Run,
     k: int = 10,  # how many
 ) -> Tensor:  # (k,) stable index
-    """The training samples whose labels are least likely to be good, the most suspicious first.
+    """The training samples with the lowest scores, whose labels are worth checking, the lowest first.
     Raises `ValueError` for a run without scores"""
     if self.scores is None:
         raise ValueError(
             "scores: this run has none; give distill(...) a mechanism, such as mechanism='student'"
         )
-    order = mean_scores(self.scores).argsort(stable=True)
-    if self.calibration is not None:
-        order = order[self.calibration.probability[order].argsort(stable=True)]
-    return self.index[order[:k]]
+    return self.index[mean_scores(self.scores).argsort(stable=True)[:k]]
 
 # %% ../../nbs/06_distillation/09_result.ipynb #0467aa76
 SHOWN = 8  # samples of each kind
@@ -133,7 +130,7 @@ def suspicious_texts(
     data: TextData,  # what the run was trained on, such as `train.data` of `TextBatches`
     k: int = 10,  # how many
 ) -> pd.DataFrame:  # the most suspicious first: texts, given label, score, and probability if calibrated
-    """The texts whose labels are least likely to be good; rows are named by their stable index.
+    """The texts with the lowest scores, whose labels are worth checking; rows are named by their stable index.
     Raises `ValueError` for a run without scores, and where `data` lacks one of the texts"""
     found, places = self.suspicious(k), {i: p for p, i in enumerate(data.index.tolist())}
     if missing := [i for i in found.tolist() if i not in places]:

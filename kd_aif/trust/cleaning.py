@@ -23,7 +23,7 @@ from ..influence.cross_scores import CrossScores
 from ..influence.scores import InfluenceScores
 
 # %% ../../nbs/08b_trust/10_cleaning.ipynb #32e6288a
-CRITERIA = 'suspicion', 'score', 'self_confidence'
+CRITERIA = 'score', 'probability', 'self_confidence'
 
 
 def _keys(table, by):
@@ -38,8 +38,11 @@ def _keys(table, by):
             f"source has no scores for by={by!r}; give distill(...) a mechanism, such as mechanism='student', "
             "or use by='self_confidence'"
         )
-    both = by == 'suspicion' and known('probability')
-    return (['probability', 'score'], [True, True]) if both else (['score'], [True])
+    if by == 'score':
+        return ['score'], [True]
+    if not known('probability'):
+        raise ValueError("source: the table has no probabilities for by='probability'; calibrate the scores")
+    return ['probability', 'score'], [True, True]
 
 # %% ../../nbs/08b_trust/10_cleaning.ipynb #888e78ef
 def _table_of(source):
@@ -58,7 +61,7 @@ def _table_of(source):
 def cleaning_list(
     source: Run | pd.DataFrame | InfluenceScores | CrossScores,  # a run, a table of samples, or scores
     k: int = 100,  # how many samples; all where there are fewer
-    by: str = 'suspicion',  # one of `CRITERIA`
+    by: str = 'score',  # one of `CRITERIA`
 ) -> pd.DataFrame:  # rows of the table, the most suspicious first, with a `reason` each
     """Samples whose labels are worth checking, the most suspicious first.
     Raises `ValueError` or `TypeError` for an unknown criterion, and where the numbers that it needs are missing."""

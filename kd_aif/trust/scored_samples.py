@@ -21,11 +21,11 @@ from ..distillation.out_of_fold import calibrate_folds, score_folds
 from ..distillation.sample_table import sample_table
 from ..foundation.batches import eval_view
 from ..foundation.checks import check_network
-from ..foundation.core import check_whole
 from ..foundation.losses import batch_cross_entropy
 from ..foundation.splits import class_groups
 from ..influence.cross_scores import cross_scores, Scoring
 from ..models.features import default_forward
+from .cleaning import cleaning_list
 from ..weights.calibration import calibrated_weights, CalibratedWeights
 
 # %% ../../nbs/08b_trust/12_scored_samples.ipynb #b36d6f3a
@@ -48,9 +48,8 @@ def suspicious(
     self: ScoredSamples,
     k: int = 10,  # how many
 ) -> pd.DataFrame:  # k rows of the table
-    "The samples whose labels are least likely to be good, the most suspicious first"
-    check_whole('k', k)
-    return self.table.sort_values(['probability', 'score'], kind='stable').head(k)
+    "The samples whose labels are worth checking, the most suspicious first"
+    return cleaning_list(self.table, k)
 
 # %% ../../nbs/08b_trust/12_scored_samples.ipynb #b9727557
 @patch(as_prop=True)

@@ -25,7 +25,7 @@ def scores(values=(0.5, -1, -2, 0.5, 3)):
 @pytest.mark.parametrize(
     'by, expected',
     [
-        ('suspicion', [20, 10, 30, 40, 50]),
+        ('probability', [20, 10, 30, 40, 50]),
         ('score', [30, 10, 40, 20, 50]),
         ('self_confidence', [20, 50, 10, 40, 30]),
     ],
@@ -36,8 +36,10 @@ def test_the_order_of_each_criterion(by, expected):
     assert cleaning_list(table(), 2, by).index.tolist() == expected[:2]
 
 
-def test_without_calibration_the_score_decides():
+def test_without_calibration_there_is_no_order_by_probability():
     assert cleaning_list(table(probability=np.nan)).index.tolist() == [30, 10, 40, 20, 50]
+    with pytest.raises(ValueError, match="no probabilities for by='probability'"):
+        cleaning_list(table(probability=np.nan), by='probability')
 
 
 def test_scores_alone():
@@ -58,7 +60,7 @@ VECTOR = torch.zeros(51, dtype=torch.bool).index_fill(0, torch.tensor([10, 20, 5
     'noisy', [NOISY, pd.Series(NOISY), VECTOR, VECTOR.numpy()], ids=lambda v: type(v).__name__
 )
 def test_precision_goes_by_the_index(noisy):
-    found = cleaning_list(table())
+    found = cleaning_list(table(), by='probability')
     assert [precision_at(found, noisy, k) for k in (1, 2, 3, 4, 5)] == [1, 1, 2 / 3, 1 / 2, 3 / 5]
     assert precision_at(found.index, noisy, 2) == precision_at(torch.tensor([20, 10]), noisy, 2) == 1
 
