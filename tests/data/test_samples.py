@@ -327,6 +327,21 @@ def test_a_wrong_list_of_targets_is_not_believed():
     assert torch.equal(from_dataset(Rows(pair, targets=[0] * N)).y, Y)
 
 
+def test_a_loader_of_numbers_is_a_regression_also_where_a_batch_has_whole_ones():
+    y = torch.tensor([1.0, 2.0, 0.5, 1.0])
+    batches = as_batches('train', DataLoader(TensorDataset(X[:4], y), 2))
+    assert torch.equal(batches.y, y)
+
+
+def test_the_whole_method_on_a_users_data():
+    "Scores, weights and joint training of validation samples, by workers"
+    train, val = samples(Rows(pair), batch_size=SIZE, workers=2).hold_out(9)
+    run = distill(
+        small(2), small(1), train, val, mechanism='student', training=Training(epochs=1, progress=False)
+    )
+    assert torch.equal(run.index[: len(train.y)], train.index) and run.weights.isfinite().all()
+
+
 def test_a_regression_trains():
     batches = from_dataset(TensorDataset(X, X.sum(1)))
     from kd_aif.distillation.objective import regression_objective
