@@ -122,6 +122,7 @@ def _picture_set(source, loader, label, classes, size, transform):
     found = dataset_source('source', small(source), small_loader, classes)
     views = source, source if loader.eval_source is None else loader.eval_source
     made = [PictureTensors(size, t) for t in transform_pair(transform)]
+    found.name = type(source).__name__
     found.dataset, found.eval_dataset = (Transformed(d, t, 'source', label) for d, t in zip(views, made))
     found.show = partial(_show_picture, views[1], label, size)
     if transform is not None:
@@ -137,8 +138,8 @@ def _dataset_samples(source, loader, arguments):
     if _holds_pictures(source, label):
         return SampleBatches(_picture_set(source, loader, label, classes, size, transform), loader)
     _refuse('a data set whose inputs are no pictures', size=size)
-    found = dataset_source('source', source, loader, classes, label)
-    return SampleBatches(with_transform(found, transform), loader)
+    found = with_transform(dataset_source('source', source, loader, classes, label), transform)
+    return SampleBatches(replace(found, name=type(source).__name__), loader)
 
 # %% ../../nbs/02_data/14_samples.ipynb #db614b02
 def _check_source(source):
@@ -187,9 +188,8 @@ def _pair_samples(source, loader, arguments):
     _refuse('a pair (X, y)', **{k: arguments[k] for k in ('label', 'text', 'inputs', 'size')})
     if isinstance(source[0], (list, tuple)) and len(source[0]) and isinstance(source[0][0], str):
         raise ValueError('source: X holds texts; give tokenizer=')
-    return SampleBatches(
-        array_source('source', *source, arguments['classes'], arguments['transform']), loader
-    )
+    found = array_source('source', *source, arguments['classes'], arguments['transform'])
+    return SampleBatches(replace(found, name='arrays'), loader)
 
 # %% ../../nbs/02_data/14_samples.ipynb #16c99027
 def _given_samples(source, loader, arguments):

@@ -26,6 +26,7 @@ from kd_aif.data.given_datasets import array_source, dataset_source
 from kd_aif.data.given_loaders import as_batches, check_same_classes, scored_batches
 from kd_aif.data.image_files import image_size, open_image
 from kd_aif.data.images import hold_out
+from kd_aif.data.label_noise import symmetric_noise
 from kd_aif.data.sample_batches import SampleBatches
 from kd_aif.data.sample_sources import drawn, Loader, SampleSource, TensorRows
 from kd_aif.data.text_batches import text_batches, TextBatches
@@ -692,6 +693,7 @@ def test_decisions_about_names_and_numbers(words):
     named = decided(given=['b', 'b', 'c'], label=['c', None, None])
     texts = samples((TEXTS['text'], TEXTS['label']), tokenizer=words(), decisions=named)
     assert texts.index.tolist() == [0, 1, 2, 3, *range(5, 12)] and texts.y[1] == 2
+    assert not texts.data.is_noisy.any()  # nothing is known to be wrong
     value = X.sum(1)
     real = decided(given=[float(value[i]) for i in (1, 4, 5)], label=[0.25, None, None])
     found = samples((X, value), decisions=real)
@@ -706,3 +708,6 @@ def test_decisions_about_images_in_memory():
     after = apply_decisions(data, table)
     assert after.index.tolist() == i[1:] and after.y[0] == 7 and after.fingerprint != data.fingerprint
     assert torch.equal(after.x, data.x[1:])
+    noisy = symmetric_noise(data, 0.5, 0)
+    given = [data.classes[y] for y in noisy.y[:2].tolist()]
+    assert torch.equal(apply_decisions(noisy, table.assign(given=given)).clean_y, data.y[1:])
