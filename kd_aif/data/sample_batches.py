@@ -24,7 +24,7 @@ from .sample_views import SampleView
 from .text_batches import _split
 from ..foundation.checks import check_seed
 from ..foundation.core import check_whole, generator
-from ..foundation.reprs import markdown_text, short_value
+from ..foundation.reprs import markdown_text
 from ..foundation.splits import class_groups, stratified_choice
 
 # %% ../../nbs/02_data/14d_sample_batches.ipynb #e659b412
@@ -314,11 +314,16 @@ def _what(y, classes):
     return 'labels are numbers' if y.is_floating_point() else f'{len(classes)} classes'
 
 
+def _augment_name(augment):
+    augment = getattr(augment, 'dataset', augment)
+    return getattr(augment, '__name__', type(augment).__name__).replace('<lambda>', 'lambda')
+
+
 @patch
 def __repr__(self: SampleBatches):
     shuffled = self.loader.shuffle and not self.ordered
     order = 'a new order in each epoch' if shuffled else 'in order'
-    changed = '' if self.augment is None else f', may be augmented ({short_value(self.augment)})'
+    changed = '' if self.augment is None else f', may be augmented by {_augment_name(self.augment)}'
     sizes = f'{len(self):,} batches of up to {self.batch_size:,} samples, {order}{changed}'
     note = f'; {self.source.note}' if self.source.note else ''
     of = f'{self.source.name}: {len(self.positions):,} samples, {_what(self._y, self.classes)}{note}'

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 # %% ../../nbs/02_data/14_samples.ipynb #ae29af83
@@ -168,10 +169,13 @@ def _check_source(source):
         )
 
 # %% ../../nbs/02_data/14_samples.ipynb #75a195ac
+def _is_record(row):
+    "Whether a row is a dictionary of plain values; one with tensors is a sample"
+    return isinstance(row, Mapping) and not any(isinstance(value, Tensor) for value in row.values())
+
+
 def _is_table(source):
-    rows = (
-        isinstance(source, (list, tuple)) and len(source) > 0 and all(isinstance(r, Mapping) for r in source)
-    )
+    rows = isinstance(source, (list, tuple)) and len(source) > 0 and all(map(_is_record, source))
     frame = hasattr(source, 'columns') and hasattr(source, 'to_dict')
     return isinstance(source, (str, Path)) or is_hub_dataset(source) or frame or rows
 
@@ -180,7 +184,7 @@ def _changes_itself(source):
     "Whether a Hugging Face data set has a transform of its own"
     return is_hub_dataset(source) and source.format['type'] == 'custom'
 
-
+# %% ../../nbs/02_data/14_samples.ipynb #67ac8fcb
 def _pair_samples(source, loader, arguments):
     "Batches of (X, y)"
     if len(source) != 2:
@@ -207,7 +211,7 @@ def _given_samples(source, loader, arguments):
         _refuse('a table', eval_source=loader.eval_source)
         found = table_source(source, arguments['label'], arguments['inputs'], classes, size, transform)
         return SampleBatches(found, loader)
-    if isinstance(source, (tuple, list)) and not hasattr(source, '_fields'):
+    if isinstance(source, tuple) or (isinstance(source, list) and len(source) == 2):
         return _pair_samples(source, loader, arguments)
     return _dataset_samples(source, loader, arguments)
 

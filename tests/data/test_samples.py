@@ -98,6 +98,8 @@ KINDS = {
     'labels are names': lambda: from_dataset(Rows(lambda i: (X[i], 'abc'[int(Y[i])]))),
     'labels of numpy': lambda: from_dataset(Rows(lambda i: (X[i].numpy(), np.int32(Y[i])))),
     'own collate': lambda: from_dataset(Rows(pair), collate=halved),
+    'list of pairs': lambda: samples([pair(i) for i in range(N)], batch_size=SIZE),
+    'list of dicts with tensors': lambda: samples([dict(x=X[i], y=Y[i]) for i in range(N)], batch_size=SIZE),
     'two workers': lambda: from_dataset(Rows(pair), workers=2),
     'numpy arrays': lambda: SampleBatches(array_source('a', X.numpy(), Y.numpy()), Loader(SIZE)),
     'tensors': lambda: SampleBatches(array_source('a', X, Y), Loader(SIZE)),

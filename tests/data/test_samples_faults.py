@@ -134,6 +134,7 @@ SOURCES = {
     ),
     'bytes in an array': (call((np.zeros((2, 3), np.uint8), [0, 1])), TypeError, 'inputs are uint8; scale them'),
     'objects in an array': (call((np.array([['a'], ['b']]), [0, 1])), TypeError, 'inputs are an array of <U1'),
+    'rows of two lengths': (call(([[1, 2], [3]], [0, 1])), ValueError, 'inputs are rows of different lengths'),
     'NaN in an array': (call((X.masked_fill(X == X[5, 1], np.nan), Y)), ValueError, 'first in row 5; fill them'),
     'more labels than rows': (call((X, Y[:5])), ValueError, '12 inputs and 5 labels; give one label per input'),
 }  # fmt: skip
