@@ -30,12 +30,14 @@ from kd_aif.data.label_noise import symmetric_noise
 from kd_aif.data.sample_batches import SampleBatches
 from kd_aif.data.sample_sources import drawn, Loader, SampleSource, TensorRows
 from kd_aif.data.text_batches import text_batches, TextBatches
+from kd_aif.distillation.checkpoint import Checkpoint, Stopped
 from kd_aif.distillation.evaluation import evaluate, predict
-from kd_aif.distillation.weighting import Fixed
+from kd_aif.distillation.weighting import Fixed, Reweighting
 from kd_aif.foundation.losses import batch_cross_entropy
 from kd_aif.influence.self_influence import self_influence
 from kd_aif.rivals.confident_learning import out_of_fold_probabilities
 from kd_aif.rivals.fixed_weights import self_influence_cross
+from kd_aif.rivals.meta_weights import LearningToReweight
 
 N, SIZE = 30, 8
 G = torch.Generator().manual_seed(0)
@@ -713,3 +715,29 @@ def test_decisions_about_images_in_memory():
     noisy = symmetric_noise(data, 0.5, 0)
     given = [data.classes[y] for y in noisy.y[:2].tolist()]
     assert torch.equal(apply_decisions(noisy, table.assign(given=given)).clean_y, data.y[1:])
+
+
+# with the rest of the package
+
+
+@pytest.mark.filterwarnings('ignore:Rows. a sample differs')
+def test_a_stopped_training_goes_on_with_the_same_augmented_samples(tmp_path):
+    def trained(checkpoint=None):
+        train, val = samples(Rows(jittered), batch_size=SIZE).hold_out(6)
+        student, training = small(2), Training(epochs=3, progress=False, checkpoint=checkpoint)
+        distill(student, None, train, val, training=training)
+        return student
+
+    calls = []
+    stop = lambda seconds: calls.append(seconds) or len(calls) == 2
+    with pytest.raises(Stopped):
+        trained(Checkpoint(tmp_path / 'state.safetensors', seconds=0, stop=stop))
+    resumed, whole = trained(Checkpoint(tmp_path / 'state.safetensors')), trained()
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters()))
+
+
+def test_a_reweighting_callback_takes_a_plain_loader():
+    callback = LearningToReweight(DataLoader(TensorDataset(X[:9], Y[:9]), 4))
+    options = dict(weighting=Reweighting(callback), training=Training(epochs=1, progress=False))
+    run = distill(small(2), None, samples((X, Y), batch_size=SIZE), by_hand(X, Y), **options)
+    assert run.weights.isfinite().all()
