@@ -134,7 +134,7 @@ def apply_decisions(
     kept = data.select(keep.nonzero()[:, 0])
     y = y[keep].to(kept.y.device)
     if not isinstance(kept, SampleBatches):
-        return kept._derive(y=y)
+        return kept._derive(y=y, clean_y=kept.clean_y if data.is_noisy.any() else y)
     new = copy(kept)
     new._y = y
     return new

@@ -21,13 +21,23 @@ from .sample_sources import Loader, named_batch, SampleSource, TensorRows
 from ..foundation.reprs import short_value
 
 # %% ../../nbs/02_data/14e_given_datasets.ipynb #5579f0ec
+def _as_array(name, x):
+    "Rows of one length as an array"
+    try:
+        return np.asarray(x)
+    except ValueError as e:
+        raise ValueError(
+            f'{name}: inputs are rows of different lengths ({e}); give an array (samples, …)'
+        ) from e
+
+# %% ../../nbs/02_data/14e_given_datasets.ipynb #5a6616b0
 def float_inputs(
     name: str,  # of the data, for messages
     x,  # (n, …) tensor or array
 ) -> Tensor:  # (n, …) float32 or another type of floats, or int64
     "Inputs as a tensor; TypeError or ValueError for bytes, objects, and values that are not finite"
     if not isinstance(x, Tensor):
-        array = np.asarray(x)
+        array = _as_array(name, x)
         if array.dtype.kind not in 'biuf':
             raise TypeError(f'{name}: inputs are an array of {array.dtype}; give numbers, (samples, …)')
         x = torch.from_numpy(np.ascontiguousarray(array))
@@ -262,9 +272,9 @@ def _check_eval_labels(source, loader):
 
 # %% ../../nbs/02_data/14e_given_datasets.ipynb #f13b5f69
 def _is_in_memory(dataset):
-    return (
-        _is_in_memory(dataset.dataset) if isinstance(dataset, Subset) else isinstance(dataset, TensorDataset)
-    )
+    if isinstance(dataset, Subset):
+        return _is_in_memory(dataset.dataset)
+    return isinstance(dataset, (TensorDataset, list, tuple))
 
 # %% ../../nbs/02_data/14e_given_datasets.ipynb #f92f560b
 def lazy_source(

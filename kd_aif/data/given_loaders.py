@@ -136,9 +136,7 @@ def check_same_classes(
     **sets,  # name of the argument → batches, or None
 ) -> None:
     "Raise `ValueError` where two sets of samples have different classes"
-    known = {name: b for name, b in sets.items() if isinstance(b, SampleBatches | TextBatches)}
-    named = {name: _named_classes(batches) for name, batches in known.items()}
-    named = {name: classes for name, classes in named.items() if classes}
+    named = _named_classes(sets)
     for name, classes in list(named.items())[1:]:
         first, expected = next(iter(named.items()))
         if classes != expected:
@@ -148,16 +146,25 @@ def check_same_classes(
             )
 
 # %% ../../nbs/02_data/14f_given_loaders.ipynb #0e2487ca
-def _named_classes(batches):
-    "Names of classes, unless they are numbers that mean themselves"
-    found = batches.classes if isinstance(batches, SampleBatches) else batches.data.classes
-    return () if found == tuple(map(str, range(len(found)))) else found
+def _mean_themselves(classes):
+    return classes == tuple(map(str, range(len(classes))))
+
+
+def _named_classes(sets):
+    "Name of a set → its classes, where they are to be compared"
+    known = {name: b for name, b in sets.items() if isinstance(b, SampleBatches | TextBatches)}
+    found = {n: b.classes if isinstance(b, SampleBatches) else b.data.classes for n, b in known.items()}
+    found = {name: classes for name, classes in found.items() if classes}
+    others = [classes for classes in found.values() if not _mean_themselves(classes)]
+    if any(name.isdigit() for classes in others for name in classes):
+        return found
+    return {name: classes for name, classes in found.items() if classes in others}
 
 
 def _listed(classes):
     return ', '.join(classes[:8]) + (f', … ({len(classes)})' if len(classes) > 8 else '')
 
-
+# %% ../../nbs/02_data/14f_given_loaders.ipynb #a2353390
 def run_batches(
     train,  # training batches
     val,  # validation batches

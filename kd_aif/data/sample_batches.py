@@ -24,7 +24,7 @@ from .sample_views import SampleView
 from .text_batches import _split
 from ..foundation.checks import check_seed
 from ..foundation.core import check_whole, generator
-from ..foundation.reprs import markdown_text, short_value
+from ..foundation.reprs import markdown_text
 from ..foundation.splits import class_groups, stratified_choice
 
 # %% ../../nbs/02_data/14d_sample_batches.ipynb #e659b412
@@ -78,20 +78,37 @@ def y(self: SampleBatches) -> Tensor:  # (n,) int64, or float32 for a regression
         self._y = torch.cat([batch['y'] for batch in self._ordered()])
     return self._y
 
+# %% ../../nbs/02_data/14d_sample_batches.ipynb #a2b21f83
+def _said_labels(source, found):
+    "(b,) labels of a batch as the data set says; ValueError for names that have no number"
+    floats = isinstance(found, Tensor) and found.is_floating_point()
+    if source.y is None:
+        if not isinstance(found, Tensor) and any(isinstance(value, str) for value in found):
+            raise ValueError(
+                f'{source.name}: labels are names, such as {found[0]!r}; give samples(dataset), which numbers them'
+            )
+        return tensor_labels(source.name, found, () if floats else None)[0]
+    if source.y.is_floating_point():
+        return tensor_labels(source.name, found, ())[0]
+    truth = isinstance(found, Tensor) and found.dtype == torch.bool
+    return tensor_labels(source.name, found, None if truth else source.classes or None)[0]
+
+
+def _lost(name, n, rows, what):
+    return (
+        f'{name}: {n} samples give {rows} {what}; a data set or collate must keep all samples, one row each'
+    )
+
 # %% ../../nbs/02_data/14d_sample_batches.ipynb #b3d5efc5
 @patch
 def _labels_of(self: SampleBatches, found, places):
     "(b,) labels of a batch, as this object knows them"
-    known = None if self._y is None else self._y[places]
+    known, given = None if self._y is None else self._y[places], self.source.y
     if not self.source.labels_in_samples:
         return known
-    given = self.source.y
-    classes = self.source.classes if isinstance(found, (list, tuple)) else None
-    if given is not None and not given.is_floating_point() and classes is None:
-        classes = None if found.dtype == torch.bool else self.source.classes or None
-    if given is not None and given.is_floating_point():
-        classes = ()
-    said, _ = tensor_labels(self.source.name, found, classes)
+    if len(found) != len(places):
+        raise ValueError(_lost(self.source.name, len(places), len(found), 'labels'))
+    said = _said_labels(self.source, found)
     if given is None:
         return said if known is None else known
     was = given[self.positions[places]]
@@ -164,10 +181,8 @@ def _finished(self: SampleBatches, batch, places):
     y = self._labels_of(found.pop('y', None), places)
     for name, value in dict(inputs=x, labels=y).items():
         if not value.ndim or len(value) != len(places):
-            raise ValueError(
-                f'{source.name}: {len(places)} samples give {len(value) if value.ndim else "no"} {name}; '
-                f'a data set or collate must keep all samples, one row each'
-            )
+            rows = len(value) if value.ndim else 'no'
+            raise ValueError(_lost(source.name, len(places), rows, name))
     return found | dict(y=y.to(x.device), index=self.index[places].to(x.device))
 
 # %% ../../nbs/02_data/14d_sample_batches.ipynb #f0efb2b3
@@ -299,11 +314,16 @@ def _what(y, classes):
     return 'labels are numbers' if y.is_floating_point() else f'{len(classes)} classes'
 
 
+def _augment_name(augment):
+    augment = getattr(augment, 'dataset', augment)
+    return getattr(augment, '__name__', type(augment).__name__).replace('<lambda>', 'lambda')
+
+
 @patch
 def __repr__(self: SampleBatches):
     shuffled = self.loader.shuffle and not self.ordered
     order = 'a new order in each epoch' if shuffled else 'in order'
-    changed = '' if self.augment is None else f', may be augmented ({short_value(self.augment)})'
+    changed = '' if self.augment is None else f', may be augmented by {_augment_name(self.augment)}'
     sizes = f'{len(self):,} batches of up to {self.batch_size:,} samples, {order}{changed}'
     note = f'; {self.source.note}' if self.source.note else ''
     of = f'{self.source.name}: {len(self.positions):,} samples, {_what(self._y, self.classes)}{note}'

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 # %% ../../nbs/02_data/14_samples.ipynb #ae29af83
@@ -122,6 +123,7 @@ def _picture_set(source, loader, label, classes, size, transform):
     found = dataset_source('source', small(source), small_loader, classes)
     views = source, source if loader.eval_source is None else loader.eval_source
     made = [PictureTensors(size, t) for t in transform_pair(transform)]
+    found.name = type(source).__name__
     found.dataset, found.eval_dataset = (Transformed(d, t, 'source', label) for d, t in zip(views, made))
     found.show = partial(_show_picture, views[1], label, size)
     if transform is not None:
@@ -137,8 +139,8 @@ def _dataset_samples(source, loader, arguments):
     if _holds_pictures(source, label):
         return SampleBatches(_picture_set(source, loader, label, classes, size, transform), loader)
     _refuse('a data set whose inputs are no pictures', size=size)
-    found = dataset_source('source', source, loader, classes, label)
-    return SampleBatches(with_transform(found, transform), loader)
+    found = with_transform(dataset_source('source', source, loader, classes, label), transform)
+    return SampleBatches(replace(found, name=type(source).__name__), loader)
 
 # %% ../../nbs/02_data/14_samples.ipynb #db614b02
 def _check_source(source):
@@ -167,10 +169,13 @@ def _check_source(source):
         )
 
 # %% ../../nbs/02_data/14_samples.ipynb #75a195ac
+def _is_record(row):
+    "Whether a row is a dictionary of plain values; one with tensors is a sample"
+    return isinstance(row, Mapping) and not any(isinstance(value, Tensor) for value in row.values())
+
+
 def _is_table(source):
-    rows = (
-        isinstance(source, (list, tuple)) and len(source) > 0 and all(isinstance(r, Mapping) for r in source)
-    )
+    rows = isinstance(source, (list, tuple)) and len(source) > 0 and all(map(_is_record, source))
     frame = hasattr(source, 'columns') and hasattr(source, 'to_dict')
     return isinstance(source, (str, Path)) or is_hub_dataset(source) or frame or rows
 
@@ -179,7 +184,7 @@ def _changes_itself(source):
     "Whether a Hugging Face data set has a transform of its own"
     return is_hub_dataset(source) and source.format['type'] == 'custom'
 
-
+# %% ../../nbs/02_data/14_samples.ipynb #67ac8fcb
 def _pair_samples(source, loader, arguments):
     "Batches of (X, y)"
     if len(source) != 2:
@@ -187,9 +192,8 @@ def _pair_samples(source, loader, arguments):
     _refuse('a pair (X, y)', **{k: arguments[k] for k in ('label', 'text', 'inputs', 'size')})
     if isinstance(source[0], (list, tuple)) and len(source[0]) and isinstance(source[0][0], str):
         raise ValueError('source: X holds texts; give tokenizer=')
-    return SampleBatches(
-        array_source('source', *source, arguments['classes'], arguments['transform']), loader
-    )
+    found = array_source('source', *source, arguments['classes'], arguments['transform'])
+    return SampleBatches(replace(found, name='arrays'), loader)
 
 # %% ../../nbs/02_data/14_samples.ipynb #16c99027
 def _given_samples(source, loader, arguments):
@@ -207,7 +211,7 @@ def _given_samples(source, loader, arguments):
         _refuse('a table', eval_source=loader.eval_source)
         found = table_source(source, arguments['label'], arguments['inputs'], classes, size, transform)
         return SampleBatches(found, loader)
-    if isinstance(source, (tuple, list)) and not hasattr(source, '_fields'):
+    if isinstance(source, tuple) or (isinstance(source, list) and len(source) == 2):
         return _pair_samples(source, loader, arguments)
     return _dataset_samples(source, loader, arguments)
 

@@ -144,6 +144,10 @@ def _named_inputs(table, inputs, label):
     return names
 
 # %% ../../nbs/02_data/14i_tables.ipynb #41dfe973
+def _is_index(name):
+    return name.startswith(('Unnamed: ', '__index_level_'))
+
+
 def _row_numbers(values):
     "Whether the values are 0, 1, 2, … or 1, 2, 3, …"
     try:
@@ -167,9 +171,9 @@ def _check_numbers(table, kinds):
             f'give text={texts[0]!r} and tokenizer= for texts, or name columns of numbers or images by inputs=(...)'
         )
     numbers = [name for name, kind in kinds.items() if kind == 'number']
-    if counted := [name for name in numbers if _row_numbers(table.columns[name])]:
+    if counted := [name for name in numbers if _is_index(str(name)) or _row_numbers(table.columns[name])]:
         raise ValueError(
-            f'{table.name}: column {counted[0]!r} counts the rows; name the columns of inputs by inputs=(...)'
+            f'{table.name}: column {counted[0]!r} counts or names the rows; name the columns of inputs by inputs=(...)'
         )
 
 # %% ../../nbs/02_data/14i_tables.ipynb #bd0dbe3c

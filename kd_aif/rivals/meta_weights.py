@@ -17,6 +17,7 @@ from torch.nn.attention import sdpa_kernel, SDPBackend
 
 # %% ../../nbs/07_rivals/06_meta_weights.ipynb #9a939750
 from ..distillation.trainer import Step
+from ..data.given_loaders import as_batches
 from ..foundation.batches import batch_rows, batch_size, merged, eval_view, to_device
 from ..foundation.core import check_positive, check_whole, generator
 from ..foundation.losses import batch_cross_entropy
@@ -92,7 +93,7 @@ class _ValidationSampler:
         if size is not None:
             remedy = 'give a whole number of samples, or None for that of the loader'
             check_whole('batch_size', size, remedy=remedy)
-        batches = [b for b in eval_view(batches) if batch_size(b)]
+        batches = [b for b in eval_view(as_batches('val', batches, key='y')) if batch_size(b)]
         if not batches:
             raise ValueError("val is empty; give held-out samples whose labels are good")
         self.size, self.seed = size or max(map(batch_size, batches)), seed

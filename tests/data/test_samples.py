@@ -26,15 +26,18 @@ from kd_aif.data.given_datasets import array_source, dataset_source
 from kd_aif.data.given_loaders import as_batches, check_same_classes, scored_batches
 from kd_aif.data.image_files import image_size, open_image
 from kd_aif.data.images import hold_out
+from kd_aif.data.label_noise import symmetric_noise
 from kd_aif.data.sample_batches import SampleBatches
 from kd_aif.data.sample_sources import drawn, Loader, SampleSource, TensorRows
 from kd_aif.data.text_batches import text_batches, TextBatches
+from kd_aif.distillation.checkpoint import Checkpoint, Stopped
 from kd_aif.distillation.evaluation import evaluate, predict
-from kd_aif.distillation.weighting import Fixed
+from kd_aif.distillation.weighting import Fixed, Reweighting
 from kd_aif.foundation.losses import batch_cross_entropy
 from kd_aif.influence.self_influence import self_influence
 from kd_aif.rivals.confident_learning import out_of_fold_probabilities
 from kd_aif.rivals.fixed_weights import self_influence_cross
+from kd_aif.rivals.meta_weights import LearningToReweight
 
 N, SIZE = 30, 8
 G = torch.Generator().manual_seed(0)
@@ -97,6 +100,8 @@ KINDS = {
     'labels are names': lambda: from_dataset(Rows(lambda i: (X[i], 'abc'[int(Y[i])]))),
     'labels of numpy': lambda: from_dataset(Rows(lambda i: (X[i].numpy(), np.int32(Y[i])))),
     'own collate': lambda: from_dataset(Rows(pair), collate=halved),
+    'list of pairs': lambda: samples([pair(i) for i in range(N)], batch_size=SIZE),
+    'list of dicts with tensors': lambda: samples([dict(x=X[i], y=Y[i]) for i in range(N)], batch_size=SIZE),
     'two workers': lambda: from_dataset(Rows(pair), workers=2),
     'numpy arrays': lambda: SampleBatches(array_source('a', X.numpy(), Y.numpy()), Loader(SIZE)),
     'tensors': lambda: SampleBatches(array_source('a', X, Y), Loader(SIZE)),
@@ -325,6 +330,21 @@ def test_kinds_of_labels():
 
 def test_a_wrong_list_of_targets_is_not_believed():
     assert torch.equal(from_dataset(Rows(pair, targets=[0] * N)).y, Y)
+
+
+def test_a_loader_of_numbers_is_a_regression_also_where_a_batch_has_whole_ones():
+    y = torch.tensor([1.0, 2.0, 0.5, 1.0])
+    batches = as_batches('train', DataLoader(TensorDataset(X[:4], y), 2))
+    assert torch.equal(batches.y, y)
+
+
+def test_the_whole_method_on_a_users_data():
+    "Scores, weights and joint training of validation samples, by workers"
+    train, val = samples(Rows(pair), batch_size=SIZE, workers=2).hold_out(9)
+    run = distill(
+        small(2), small(1), train, val, mechanism='student', training=Training(epochs=1, progress=False)
+    )
+    assert torch.equal(run.index[: len(train.y)], train.index) and run.weights.isfinite().all()
 
 
 def test_a_regression_trains():
@@ -677,6 +697,7 @@ def test_decisions_about_names_and_numbers(words):
     named = decided(given=['b', 'b', 'c'], label=['c', None, None])
     texts = samples((TEXTS['text'], TEXTS['label']), tokenizer=words(), decisions=named)
     assert texts.index.tolist() == [0, 1, 2, 3, *range(5, 12)] and texts.y[1] == 2
+    assert not texts.data.is_noisy.any()  # nothing is known to be wrong
     value = X.sum(1)
     real = decided(given=[float(value[i]) for i in (1, 4, 5)], label=[0.25, None, None])
     found = samples((X, value), decisions=real)
@@ -691,3 +712,32 @@ def test_decisions_about_images_in_memory():
     after = apply_decisions(data, table)
     assert after.index.tolist() == i[1:] and after.y[0] == 7 and after.fingerprint != data.fingerprint
     assert torch.equal(after.x, data.x[1:])
+    noisy = symmetric_noise(data, 0.5, 0)
+    given = [data.classes[y] for y in noisy.y[:2].tolist()]
+    assert torch.equal(apply_decisions(noisy, table.assign(given=given)).clean_y, data.y[1:])
+
+
+# with the rest of the package
+
+
+@pytest.mark.filterwarnings('ignore:Rows. a sample differs')
+def test_a_stopped_training_goes_on_with_the_same_augmented_samples(tmp_path):
+    def trained(checkpoint=None):
+        train, val = samples(Rows(jittered), batch_size=SIZE).hold_out(6)
+        student, training = small(2), Training(epochs=3, progress=False, checkpoint=checkpoint)
+        distill(student, None, train, val, training=training)
+        return student
+
+    calls = []
+    stop = lambda seconds: calls.append(seconds) or len(calls) == 2
+    with pytest.raises(Stopped):
+        trained(Checkpoint(tmp_path / 'state.safetensors', seconds=0, stop=stop))
+    resumed, whole = trained(Checkpoint(tmp_path / 'state.safetensors')), trained()
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters()))
+
+
+def test_a_reweighting_callback_takes_a_plain_loader():
+    callback = LearningToReweight(DataLoader(TensorDataset(X[:9], Y[:9]), 4))
+    options = dict(weighting=Reweighting(callback), training=Training(epochs=1, progress=False))
+    run = distill(small(2), None, samples((X, Y), batch_size=SIZE), by_hand(X, Y), **options)
+    assert run.weights.isfinite().all()

@@ -134,6 +134,7 @@ SOURCES = {
     ),
     'bytes in an array': (call((np.zeros((2, 3), np.uint8), [0, 1])), TypeError, 'inputs are uint8; scale them'),
     'objects in an array': (call((np.array([['a'], ['b']]), [0, 1])), TypeError, 'inputs are an array of <U1'),
+    'rows of two lengths': (call(([[1, 2], [3]], [0, 1])), ValueError, 'inputs are rows of different lengths'),
     'NaN in an array': (call((X.masked_fill(X == X[5, 1], np.nan), Y)), ValueError, 'first in row 5; fill them'),
     'more labels than rows': (call((X, Y[:5])), ValueError, '12 inputs and 5 labels; give one label per input'),
 }  # fmt: skip
@@ -212,6 +213,20 @@ def test_every_function_refuses_a_weighted_loader(entry):
     loader = LOADERS['weighted sampler'][0]()
     with pytest.raises(ValueError, match='WeightedRandomSampler, so that not every sample comes once'):
         ENTRIES[entry](loader)
+
+
+def test_a_loader_of_names_is_refused():
+    "One batch does not know the order of all names"
+    loader = DataLoader(Rows(lambda i: (X[i], 'abc'[i % 3])), 4)
+    with pytest.raises(ValueError, match=r"train: labels are names, such as 'a'; give samples\(dataset\)"):
+        distill(network(), None, loader, samples(ROWS), training=Training(epochs=1, progress=False))
+
+
+def test_numbers_as_names_of_two_tables_are_compared():
+    one, two = (samples(numbers(label=y)) for y in ([0, 1, 2], [0, 2, 2]))
+    assert two.y.tolist() == [0, 1, 1]  # class 1 of this table is called 2
+    with pytest.raises(ValueError, match='val has the classes 0, 2, train has 0, 1, 2'):
+        distill(nn.Linear(2, 3), None, one, two, training=Training(epochs=1, progress=False))
 
 
 # what only a pass can find
@@ -355,7 +370,10 @@ TABLES = {
     'label of another name': (lambda root: numbers(), dict(label='kind'), "label='kind'.*has no such column, only a, b"),
     'no rows': (lambda root: numbers()[:0], {}, 'has no rows; give at least one sample'),
     'nothing but labels': (lambda root: numbers()[['label']], {}, 'no column beside the label; add the inputs'),
-    'row numbers': (lambda root: numbers(id=[0, 1, 2]), {}, r"column 'id' counts the rows; name the columns of inputs"),
+    'row numbers': (lambda root: numbers(id=[0, 1, 2]), {}, r"column 'id' counts or names the rows; name the columns of inputs"),
+    'index of pandas': (
+        lambda root: numbers(**{'Unnamed: 0': [7, 3, 9]}), {}, "column 'Unnamed: 0' counts or names the rows"
+    ),
     'texts among numbers': (lambda root: numbers(c=['u', 'v', 'w']), {}, "column 'c' holds text, such as 'u'; give text="),
     'a number that is missing': (lambda root: numbers(a=[1, None, 2]), {}, "row 1 has nan in column 'a'.*fill it or"),
     'an infinite number': (lambda root: numbers(a=[1, 3, np.inf]), {}, "row 2 has inf in column 'a'"),
