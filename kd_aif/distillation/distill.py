@@ -7,6 +7,7 @@ __all__ = ['STUDENT_FRACTION', 'plain_training', 'score_once', 'score_the_studen
            'procedure_of', 'trains_given_teacher', 'distill', 'open_session']
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #5b2ab3ff
+import warnings
 from collections.abc import Iterable
 
 from torch import nn
@@ -30,10 +31,11 @@ from .session import BeforeEpochs, Session
 from .token_checks import check_tokens
 from .trainer import Training
 from .weighting import Fixed, Influence, Published, Reweighting, Weighting
-from ..foundation.batches import eval_view, model_device
-from ..models.features import default_forward
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #999d74e1
+from ..foundation.batches import eval_view, model_device, to_device
+from ..foundation.core import evaluating
+from ..models.features import default_forward, find_classifier, last_linear
 from kd_aif.distillation.shared_checks import (
     check_rows,
     check_shared_data,
@@ -116,6 +118,21 @@ def trains_given_teacher(
     "Whether the teacher that is passed in is itself trained"
     return mechanism == 'both' and getattr(schedule, 'make_teacher', None) is None
 
+# %% ../../nbs/06_distillation/11_distill.ipynb #010ce5a8
+def _network_inside(name, model, training):
+    "The network in a wrapper; warns where training will not use the wrapper"
+    if isinstance(model, nn.DataParallel):
+        warnings.warn(
+            f'{name} is DataParallel: the network inside is used, on one device; for several use torchrun',
+            stacklevel=3,
+        )
+    elif hasattr(model, '_orig_mod') and getattr(training, 'compile', None) is None:
+        warnings.warn(
+            f'{name} is compiled: the network inside is used as it was written; give Training(compile=torch.compile)',
+            stacklevel=3,
+        )
+    return unwrapped(model)
+
 # %% ../../nbs/06_distillation/11_distill.ipynb #2141367d
 def distill(
     student: nn.Module,  # trained in place
@@ -135,7 +152,8 @@ def distill(
     a checkpoint of another run; `Stopped` where the checkpoint's `stop` asks for it."""
     config = dict(mechanism=mechanism, schedule=schedule, weighting=weighting)
     config |= dict(objective=objective, training=training)
-    session = open_session(unwrapped(student), unwrapped(teacher), train, val, test, config)
+    inside = [_network_inside(*pair, training) for pair in (('student', student), ('teacher', teacher))]
+    session = open_session(*inside, train, val, test, config)
     procedure_of(mechanism, schedule)(session)
     session.finish()
     return session.result(test)
@@ -173,10 +191,25 @@ def open_session(
     return Session(student, teacher, data, weights, config, _progress(config, data, student, teacher))
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #bffebd44
+def _check_online(model, batch, forward):
+    "The layer whose inputs `Online` reads makes the logits, one row for each sample"
+    with evaluating(model):
+        found = find_classifier(model, to_device(batch, model_device(model)), forward)
+    if found.pooled or found.layer is not last_linear(model)[1]:
+        raise ValueError(
+            f'schedule is Online(), which reads the inputs (b, d) of the nn.Linear that is listed last; the logits of '
+            f'{type(model).__name__} come from {found.name!r} in another way: use Every(1)'
+        )
+
+
 def _check_all_networks(student, teacher, batch, config):
     "Student and teacher can do what the settings ask for"
     check_networks(student, teacher, batch, config['objective'], config['weighting'])
     check_rows(student, teacher, batch, config['objective'])
+    if isinstance(config['schedule'], Online):
+        _check_online(
+            teacher if config['mechanism'] == 'both' else student, batch, config['objective'].forward
+        )
     if trains_given_teacher(config['mechanism'], config['schedule']):
         check_trainable('teacher', teacher)
 
