@@ -242,6 +242,14 @@ def val_y(self: TrainingSet) -> Tensor:  # (m,), empty where no validation sampl
     "Labels of the validation samples that train"
     return self.val_samples.y if self.include_validation else self.samples.y[:0]
 
+# %% ../../nbs/02_data/08_training_set.ipynb #fbe4ce79
+@patch(as_prop=True)
+def all_index(self: TrainingSet) -> Tensor:  # (n + m,), those of the validation samples where they train
+    "Stable index of every sample that trains"
+    if not self.include_validation:
+        return self.samples.index
+    return torch.cat([self.samples.index, self.val_samples.index])
+
 # %% ../../nbs/02_data/08_training_set.ipynb #f0bc6cdd
 @patch(as_prop=True)
 def n_batches(self: TrainingSet) -> int:

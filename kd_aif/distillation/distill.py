@@ -22,6 +22,7 @@ from kd_aif.distillation.checks import (
     check_two_networks,
     count_classes,
 )
+from .forward_passes import holds_logits
 from .objective import Objective
 from .progress import check_resumable, describe_run, Progress
 from .result import Run
@@ -184,11 +185,30 @@ def open_session(
     n_classes = count_classes(student, data.samples.first, objective.forward)
     check_data(data, test, weighting, n_classes)
     _check_all_networks(student, teacher, data.samples.first, config)
+    _check_kept(training.cache_teacher, teacher, data, objective.forward)
     max_fraction = STUDENT_FRACTION if config['mechanism'] == 'student' else 1.0
     weights = RunWeights(weighting, data, objective, training, n_classes, max_fraction, model_device(student))
     if isinstance(config['schedule'], Online):
         weights.online()
     return Session(student, teacher, data, weights, config, _progress(config, data, student, teacher))
+
+# %% ../../nbs/06_distillation/11_distill.ipynb #ae434760
+def _check_kept(kept, teacher, data, forward):
+    "Raise `ValueError` for kept logits of another teacher or of other samples"
+    if not holds_logits(kept):
+        return
+    if teacher is None:
+        raise ValueError(
+            'cache_teacher holds logits, but teacher is None; give the teacher whose logits they are'
+        )
+    kept.check(teacher, data.samples.first, forward)
+    index = data.all_index
+    if len(data.all_index.unique()) < len(index):
+        raise ValueError(
+            'cache_teacher: training and validation samples share an index, and logits are kept by it; '
+            'give them different ones, or Training(include_validation=False)'
+        )
+    kept(index)
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #bffebd44
 def _check_online(model, batch, forward):

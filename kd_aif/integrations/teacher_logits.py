@@ -133,6 +133,29 @@ def _difference(index, hashes, cached):
     first = int(index[other][0])
     return f'holds other labels or contents for {int(other.sum())} of {len(index)} samples, first for index {first}'
 
+# %% ../../nbs/08c_integrations/02_teacher_logits.ipynb #a8d792ed
+@patch
+def check(
+    self: CachedLogits,
+    teacher: nn.Module,  # whose logits they should be
+    batch: dict,  # some of the samples
+    forward: Callable = default_forward,  # forward(model, batch) -> logits, as the teacher was asked
+) -> None:
+    "Raise `ValueError` where the logits are of another teacher, or of samples with other labels or contents"
+    if self.teacher != _teacher_hash(teacher, forward):
+        raise ValueError(
+            'cache_teacher holds logits of another teacher, or of this one asked in another way; cache its own'
+        )
+    batch = to_device(batch, 'cpu')
+    place, known = find_positions(self.index, batch['index'])
+    other = (self.hashes[place] != _sample_hashes(batch)).any(1) | ~known
+    if other.any():
+        first = int(batch['index'][other][0])
+        raise ValueError(
+            f'cache_teacher holds no logits of this sample with index {first}; it is missing there, '
+            'or has another label or content: cache those of the samples that train, without augmentation'
+        )
+
 # %% ../../nbs/08c_integrations/02_teacher_logits.ipynb #add0cc33
 _FORMAT = 1  # of the files
 

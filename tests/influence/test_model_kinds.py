@@ -457,3 +457,14 @@ def test_distillation_takes_the_network_inside_and_says_so(wrap, says):
     expected = distill(plain, teacher, *data, **settings).student
     for a, b in zip(student.parameters(), expected.parameters()):
         assert torch.equal(a, b)
+
+
+def test_distillation_trains_what_requires_a_gradient():
+    data = images(12, 0, dtype=torch.float32), images(9, 1, dtype=torch.float32)
+    settings = dict(objective=Objective(alpha=0.5), training=Training(epochs=1, lr=0.05, progress=False))
+    student = adapted(target_modules=['query'], modules_to_save=['classifier']).float()
+    before = {n: p.detach().clone() for n, p in student.named_parameters()}
+    run = distill(student, copy.deepcopy(student), *data, mechanism='student', **settings)
+    changed = {n for n, p in student.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n, p in student.named_parameters() if p.requires_grad}
+    assert 0 < len(changed) < len(before) and run.scores.note == ''

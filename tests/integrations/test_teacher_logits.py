@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from kd_aif.distillation.distill import distill
+from kd_aif.distillation.trainer import Training
+from kd_aif.distillation.weighting import Fixed
 from kd_aif.integrations.teacher_logits import cache_teacher_logits, CachedLogits
 
 
@@ -138,3 +141,71 @@ def test_a_sample_without_logits_and_a_file_of_another_kind(cached, tmp_path):
     (tmp_path / 'b').write_bytes(b'no file of tensors')
     with pytest.raises(ValueError, match='holds no complete state'):
         CachedLogits.load(tmp_path / 'b', Texts(), BATCHES, progress=False)
+
+
+def digits_like(n, first, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(n, 4, generator=g), torch.arange(n) % 3
+    return [dict(x=x[r], y=y[r], index=first + r) for r in torch.arange(n).split(5)]
+
+
+class Counted(nn.Linear):
+    "Counts the samples that it is shown"
+
+    _shown = 0
+
+    def forward(self, x):
+        self._shown += len(x)
+        return super().forward(x)
+
+
+def linear(kind, seed):
+    torch.manual_seed(seed)
+    return kind(4, 3)
+
+
+TRAIN, VAL = digits_like(20, 0, 0), digits_like(9, 100, 1)
+
+
+@pytest.mark.parametrize('joined', [True, False], ids=['joined', 'apart'])
+def test_distillation_with_kept_logits_is_that_with_the_teacher(tmp_path, joined):
+    teacher, students, shown = linear(Counted, 5), [], []
+    kept = cache_teacher_logits(teacher, TRAIN + VAL if joined else TRAIN, tmp_path / 'l', progress=False)
+    weighting = Fixed(torch.linspace(0, 2, 20), torch.arange(20))
+    for cache in (True, kept):
+        training = Training(epochs=3, lr=0.1, cache_teacher=cache, include_validation=joined, progress=False)
+        before = teacher._shown
+        students.append(
+            distill(linear(nn.Linear, 2), teacher, TRAIN, VAL, weighting=weighting, training=training).student
+        )
+        shown.append(teacher._shown - before)
+    torch.testing.assert_close(*(s.weight for s in students))
+    assert shown[0] - shown[1] == 29 - 9 * (not joined)
+
+
+kept_faults = [
+    (dict(teacher=linear(Counted, 6)), 'logits of another teacher'),
+    (dict(teacher=None), 'teacher is None'),
+    (dict(train=digits_like(20, 0, 3)), 'no logits of this sample with index 0'),
+    (dict(train=TRAIN + digits_like(5, 50, 3)), 'sample 50 has no logits'),
+    (dict(val=digits_like(9, 0, 1)), 'share an index'),
+]
+
+
+@pytest.mark.parametrize('change, says', kept_faults, ids=[f[1] for f in kept_faults])
+def test_kept_logits_of_others_are_refused_before_training(tmp_path, change, says):
+    kept = cache_teacher_logits(linear(Counted, 5), TRAIN + VAL, tmp_path / 'l', progress=False)
+    student = linear(nn.Linear, 2)
+    options = dict(teacher=linear(Counted, 5), train=TRAIN, val=VAL) | change
+    weighting = Fixed(torch.ones(25 if len(options['train']) > 4 else 20))
+    training = Training(epochs=1, cache_teacher=kept, progress=False)
+    with pytest.raises(ValueError, match=says):
+        distill(
+            student,
+            options['teacher'],
+            options['train'],
+            options['val'],
+            weighting=weighting,
+            training=training,
+        )
+    assert torch.equal(student.weight, linear(nn.Linear, 2).weight)

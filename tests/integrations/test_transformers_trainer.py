@@ -198,3 +198,14 @@ def test_without_accelerate_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'accelerate', None)
     with pytest.raises(ImportError, match='pip install'):
         DistillationTrainer(network())
+
+
+def test_a_student_with_adapters(tmp_path):
+    peft = pytest.importorskip('peft')
+    settings = peft.LoraConfig(task_type='SEQ_CLS', r=2, lora_dropout=0.0, target_modules=['query'])
+    student = peft.get_peft_model(network(), settings)
+    before = {n: p.detach().clone() for n, p in student.named_parameters()}
+    made = trainer(tmp_path, student, teacher=network(seed=7), weights=WEIGHTS)
+    made.train()
+    changed = {n for n, p in made.model.named_parameters() if not torch.equal(p.cpu(), before[n])}
+    assert changed and all('lora_' in n or 'modules_to_save' in n for n in changed)
