@@ -184,8 +184,7 @@ def open_session(
     share_networks(student, teacher, objective)
     n_classes = count_classes(student, data.samples.first, objective.forward)
     check_data(data, test, weighting, n_classes)
-    _check_all_networks(student, teacher, data.samples.first, config)
-    _check_kept(training.cache_teacher, teacher, data, objective.forward)
+    _check_all_networks(student, teacher, data, config)
     max_fraction = STUDENT_FRACTION if config['mechanism'] == 'student' else 1.0
     weights = RunWeights(weighting, data, objective, training, n_classes, max_fraction, model_device(student))
     if isinstance(config['schedule'], Online):
@@ -222,8 +221,10 @@ def _check_online(model, batch, forward):
         )
 
 
-def _check_all_networks(student, teacher, batch, config):
+def _check_all_networks(student, teacher, data, config):
     "Student and teacher can do what the settings ask for"
+    batch = data.samples.first
+    _check_kept(config['training'].cache_teacher, teacher, data, config['objective'].forward)
     check_networks(student, teacher, batch, config['objective'], config['weighting'])
     check_rows(student, teacher, batch, config['objective'])
     if isinstance(config['schedule'], Online):

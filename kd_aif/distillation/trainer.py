@@ -147,9 +147,7 @@ class Training(ShortRepr):
     include_validation: bool = True  # where there are weights, validation samples train too
     autocast: torch.dtype | None = None  # precision of forward passes; None: the models'
     compile: Callable | None = None  # such as `torch.compile`: what is made of the forward pass of training
-    cache_teacher: object = (
-        None  # True, False, or `CachedLogits`; None: keep logits where nothing is augmented
-    )
+    cache_teacher: object = None  # True, False, or `CachedLogits`; None: True where nothing is augmented
     capture: bool | None = None  # record steps as CUDA graphs; None: on a GPU, where it is possible
     seed: int = 0  # interleaving, folds, dropout; loaders and models bring their own seeds
     progress: bool = True  # show bars
