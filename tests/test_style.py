@@ -16,7 +16,7 @@ LINE, FUNCTION, PARAMETERS, COMPLEXITY, CELL, MEDIAN_CELL = 120, 50, 10, 15, 25,
 SHORTEST_MODULE, LONGEST_MODULE = 40, 400
 ROOMS = (  # a room uses the rooms before it only
     'foundation', 'data', 'models', 'influence', 'weights', 'distillation', 'rivals', 'few_labels', 'trust',
-    'reporting', 'experiments', 'benchmarks', 'gpu_queue',
+    'integrations', 'reporting', 'experiments', 'benchmarks', 'gpu_queue',
 )  # fmt: skip
 FLOORS = 9
 COMPREHENSIONS = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp

@@ -28,7 +28,7 @@ from kd_aif.foundation.losses import (
     squared_error,
 )
 from ..foundation.splits import stratified_folds
-from ..models.features import features_and_logits
+from ..models.features import find_classifier
 from ..weights.class_weights import ClassWeighting
 
 # %% ../../nbs/06_distillation/08_checks.ipynb #13b93ec6
@@ -396,4 +396,4 @@ def check_networks(
     if isinstance(weighting, (Influence, Published)) and weighting.last_layer:
         with evaluating(student, teacher), torch.no_grad():
             for model in (student, teacher):
-                features_and_logits(model, to_device(batch, model_device(model)), objective.forward)
+                find_classifier(model, to_device(batch, model_device(model)), objective.forward)

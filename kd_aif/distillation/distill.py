@@ -7,6 +7,7 @@ __all__ = ['STUDENT_FRACTION', 'plain_training', 'score_once', 'score_the_studen
            'procedure_of', 'trains_given_teacher', 'distill', 'open_session']
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #5b2ab3ff
+import warnings
 from collections.abc import Iterable
 
 from torch import nn
@@ -21,6 +22,7 @@ from kd_aif.distillation.checks import (
     check_two_networks,
     count_classes,
 )
+from .forward_passes import holds_logits
 from .objective import Objective
 from .progress import check_resumable, describe_run, Progress
 from .result import Run
@@ -30,11 +32,12 @@ from .session import BeforeEpochs, Session
 from .token_checks import check_tokens
 from .trainer import Training
 from .weighting import Fixed, Influence, Published, Reweighting, Weighting
-from ..foundation.batches import eval_view, model_device
-from ..models.features import default_forward
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #999d74e1
 from ..data.given_loaders import run_batches
+from ..foundation.batches import eval_view, model_device, to_device
+from ..foundation.core import evaluating
+from ..models.features import default_forward, find_classifier, last_linear
 from kd_aif.distillation.shared_checks import (
     check_rows,
     check_shared_data,
@@ -117,6 +120,21 @@ def trains_given_teacher(
     "Whether the teacher that is passed in is itself trained"
     return mechanism == 'both' and getattr(schedule, 'make_teacher', None) is None
 
+# %% ../../nbs/06_distillation/11_distill.ipynb #010ce5a8
+def _network_inside(name, model, training):
+    "The network in a wrapper; warns where training will not use the wrapper"
+    if isinstance(model, nn.DataParallel):
+        warnings.warn(
+            f'{name} is DataParallel: the network inside is used, on one device; for several use torchrun',
+            stacklevel=3,
+        )
+    elif hasattr(model, '_orig_mod') and getattr(training, 'compile', None) is None:
+        warnings.warn(
+            f'{name} is compiled: the network inside is used as it was written; give Training(compile=torch.compile)',
+            stacklevel=3,
+        )
+    return unwrapped(model)
+
 # %% ../../nbs/06_distillation/11_distill.ipynb #2141367d
 def distill(
     student: nn.Module,  # trained in place
@@ -136,7 +154,8 @@ def distill(
     config = dict(mechanism=mechanism, schedule=schedule, weighting=weighting)
     config |= dict(objective=objective, training=training)
     train, val, test = run_batches(train, val, test)
-    session = open_session(unwrapped(student), unwrapped(teacher), train, val, test, config)
+    inside = [_network_inside(*pair, training) for pair in (('student', student), ('teacher', teacher))]
+    session = open_session(*inside, train, val, test, config)
     procedure_of(mechanism, schedule)(session)
     session.finish()
     return session.result(test)
@@ -166,18 +185,53 @@ def open_session(
     share_networks(student, teacher, objective)
     n_classes = count_classes(student, data.samples.first, objective.forward)
     check_data(data, test, weighting, n_classes)
-    _check_all_networks(student, teacher, data.samples.first, config)
+    _check_all_networks(student, teacher, data, config)
     max_fraction = STUDENT_FRACTION if config['mechanism'] == 'student' else 1.0
     weights = RunWeights(weighting, data, objective, training, n_classes, max_fraction, model_device(student))
     if isinstance(config['schedule'], Online):
         weights.online()
     return Session(student, teacher, data, weights, config, _progress(config, data, student, teacher))
 
+# %% ../../nbs/06_distillation/11_distill.ipynb #ae434760
+def _check_kept(kept, teacher, data, forward):
+    "Raise `ValueError` for kept logits of another teacher or of other samples"
+    if not holds_logits(kept):
+        return
+    if teacher is None:
+        raise ValueError(
+            'cache_teacher holds logits, but teacher is None; give the teacher whose logits they are'
+        )
+    kept.check(teacher, data.samples.first, forward)
+    index = data.all_index
+    if len(data.all_index.unique()) < len(index):
+        raise ValueError(
+            'cache_teacher: training and validation samples share an index, and logits are kept by it; '
+            'give them different ones, or Training(include_validation=False)'
+        )
+    kept(index)
+
 # %% ../../nbs/06_distillation/11_distill.ipynb #bffebd44
-def _check_all_networks(student, teacher, batch, config):
+def _check_online(model, batch, forward):
+    "The layer whose inputs `Online` reads makes the logits, one row for each sample"
+    with evaluating(model):
+        found = find_classifier(model, to_device(batch, model_device(model)), forward)
+    if found.pooled or found.layer is not last_linear(model)[1]:
+        raise ValueError(
+            f'schedule is Online(), which reads the inputs (b, d) of the nn.Linear that is listed last; the logits of '
+            f'{type(model).__name__} come from {found.name!r} in another way: use Every(1)'
+        )
+
+
+def _check_all_networks(student, teacher, data, config):
     "Student and teacher can do what the settings ask for"
+    batch = data.samples.first
+    _check_kept(config['training'].cache_teacher, teacher, data, config['objective'].forward)
     check_networks(student, teacher, batch, config['objective'], config['weighting'])
     check_rows(student, teacher, batch, config['objective'])
+    if isinstance(config['schedule'], Online):
+        _check_online(
+            teacher if config['mechanism'] == 'both' else student, batch, config['objective'].forward
+        )
     if trains_given_teacher(config['mechanism'], config['schedule']):
         check_trainable('teacher', teacher)
 

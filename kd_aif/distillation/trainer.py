@@ -20,7 +20,7 @@ from ..data.epoch_plans import plan_batches
 from ..data.training_set import TrainingSet
 from .captured_step import capture_fit
 from .checkpoint import as_checkpoint, Checkpoint
-from .forward_passes import teacher_forward, training_forwards
+from .forward_passes import holds_logits, teacher_forward, training_forwards
 from .moving_average import MovingAverage
 from .objective import Objective
 from .optimizers import one_cycle, sgd
@@ -129,7 +129,8 @@ def _check_training(training):
     check_function('watch', training.watch, 'watch(line of the history)', or_none=True)
     check_switch('include_validation', training.include_validation)
     check_switch('progress', training.progress)
-    check_switch('cache_teacher', training.cache_teacher, 'where nothing is augmented')
+    if not holds_logits(training.cache_teacher):
+        check_switch('cache_teacher', training.cache_teacher, 'where nothing is augmented')
     check_switch('capture', training.capture, 'where it is possible')
     check_autocast(training.autocast)
     check_seed(training.seed)
@@ -146,7 +147,7 @@ class Training(ShortRepr):
     include_validation: bool = True  # where there are weights, validation samples train too
     autocast: torch.dtype | None = None  # precision of forward passes; None: the models'
     compile: Callable | None = None  # such as `torch.compile`: what is made of the forward pass of training
-    cache_teacher: bool | None = None  # keep its logits; None: where nothing is augmented
+    cache_teacher: object = None  # True, False, or `CachedLogits`; None: True where nothing is augmented
     capture: bool | None = None  # record steps as CUDA graphs; None: on a GPU, where it is possible
     seed: int = 0  # interleaving, folds, dropout; loaders and models bring their own seeds
     progress: bool = True  # show bars

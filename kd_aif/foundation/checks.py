@@ -125,6 +125,11 @@ def check_network(
         return None
     check_instance(name, value, nn.Module, 'give a network (torch.nn.Module)')
     for parameter, p in value.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f'{name}: its parameter {parameter!r} has no shape yet (a lazy module); run one batch through the '
+                "network first, such as model(batch['x'])"
+            )
         if not torch.isfinite(p).all():
             raise ValueError(
                 f'{name}: its parameter {parameter!r} has NaN or infinite values; train or load it again'

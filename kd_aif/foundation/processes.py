@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Processes', 'current_processes', 'start_processes', 'stop_processes', 'shared_work', 'first_bar', 'ProcessLost',
            'sum_over_processes', 'gather_values', 'from_first', 'agree', 'copy_from_first', 'check_alone', 'own_rows',
-           'next_fingerprint', 'own_shares', 'dealt_batches', 'gather_parts', 'unwrapped', 'is_sharded',
+           'next_fingerprint', 'own_shares', 'dealt_batches', 'gather_parts', 'unwrapped', 'uncompiled', 'is_sharded',
            'put_shares_back', 'own_tensors']
 
 # %% ../../nbs/01_foundation/07_processes.ipynb #5c18d6b1
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -287,14 +287,31 @@ def gather_parts(
     return tuple(gathered)
 
 # %% ../../nbs/01_foundation/07_processes.ipynb #ba9ff761
+def _inside(model):
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return model.module
+    return getattr(model, '_orig_mod', None)  # of `torch.compile`
+
+
 def unwrapped(
     model: nn.Module | None,  # any network
 ) -> nn.Module | None:  # the same parameters
-    "The network inside `DistributedDataParallel`"
-    inside = isinstance(model, nn.parallel.DistributedDataParallel)
-    return model.module if inside else model
+    "The network inside `DistributedDataParallel`, `DataParallel` and `torch.compile`"
+    while isinstance(inside := _inside(model), nn.Module):
+        model = inside
+    return model
 
+# %% ../../nbs/01_foundation/07_processes.ipynb #478dcda4
+def uncompiled(
+    model: nn.Module,  # any network
+):  # a context manager
+    "Code that `torch.compile` has compiled runs as it was written inside the block, where the network has any"
+    is_compiled = lambda m: hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None
+    if not any(map(is_compiled, model.modules())) or not hasattr(torch.compiler, 'set_stance'):
+        return nullcontext()
+    return torch.compiler.set_stance('force_eager')
 
+# %% ../../nbs/01_foundation/07_processes.ipynb #49aba784
 def is_sharded(
     model: nn.Module | None,  # any network
 ) -> bool:  # False for None

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..data.given_loaders import scored_batches
+from ..data.training_set import renaming
 from ..foundation.batches import batch_rows, batch_size, to_device
 from ..foundation.checks import check_function
 from .forward_mode import measuring
@@ -167,9 +168,10 @@ def check_rows(
             found = (
                 f'only {sorted(map(str, batch.keys()))}' if value is None else f'but a {type(value).__name__}'
             )
+            remedy = renaming(batch, key) if key in ('index', 'y') and value is None else ''
             raise ValueError(
                 f"{name}: a batch has no tensor {key!r} with a row for each sample, {found}; "
-                f"give every sample a stable integer index under 'index' and its label under 'y'"
+                + (remedy or "give every sample a stable integer index under 'index' and its label under 'y'")
             )
     _check_index(name, batch)
 
@@ -220,7 +222,7 @@ def check_class_labels(
 def check_different(
     name: str,  # how the batches are called in messages
     index: Tensor,  # (n,) of all samples
-    held_out: Tensor | None = None,  # (n,) bool: validation samples, which may share a training sample's index
+    held_out: Tensor | None = None,  # (n,) bool: validation samples, which may share an index with others
 ) -> None:
     "Make sure that no index comes twice in one pass; else ValueError."
     keys = index if held_out is None else 2 * index + held_out.to(index)

@@ -192,7 +192,7 @@ def _last_layer_folds(model, loss, train, val, target, folds, seed, scoring, vie
     solve, x = perf_counter(), solution.x.chunk(folds, 1)
     read = lambda view: torch.stack([_influence(view.scores(s), view.logits, target) for s in x])
     influence = read(t), read(v)
-    return _Folds(t, v, fold, *influence, solution, _seconds(start, gradient, solve, perf_counter()))
+    return _Folds(t, v, fold, *influence, solution, _seconds(start, gradient, solve, perf_counter()), t.note)
 
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #fec2d7ae
 class _Chained:

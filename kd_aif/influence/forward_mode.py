@@ -19,6 +19,7 @@ from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.overrides import TorchFunctionMode
 
 from ..foundation.core import evaluating
+from ..foundation.processes import uncompiled
 
 # %% ../../nbs/04_influence/01_forward_mode.ipynb #43106d97
 def _parts(x):
@@ -163,7 +164,7 @@ def measuring(
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with evaluating(model), torch.autocast(kind, enabled=False), sdpa_kernel(SDPBackend.MATH):
-            with _without_tf32():
+            with _without_tf32(), uncompiled(model):
                 yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -32,7 +32,8 @@ from .forward_mode import measuring
 from .logit_hessians import logit_hessians
 from .logit_products import DENSE_CLASSES, join_hessians, LogitProducts, loss_part, LossPart
 from .sampled_rows import gradient_pieces
-from ..models.features import default_forward, features_and_logits, last_linear
+from ..models.classifiers import classifier_note
+from ..models.features import default_forward, features_and_logits, find_classifier
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #75d67b81
 from kd_aif.foundation.processes import (
@@ -99,6 +100,7 @@ class LastLayerView(ShortRepr):
     hessian_rows: Tensor  # (m,) positions of these samples
     index: Tensor  # (n,) stable index
     y: Tensor  # (n,) given labels; zeros where they are real numbers
+    note: str = ''  # what is special about the layer, see `classifier_note`
 
     def __len__(self):
         return len(self.index)
@@ -218,7 +220,7 @@ def _layer_input(h, z, layer):
     "Features, with a column of ones for the bias, and logits; in float32 for a model in half precision"
     if z.dtype in HALF:
         bias = None if layer.bias is None else layer.bias.float()
-        h, z = h.float(), nn.functional.linear(h.float(), layer.weight.float(), bias)
+        h, z = h.float(), nn.functional.linear(h.float(), layer.weight.flatten(1).float(), bias)
     return h if layer.bias is None else torch.cat([h, torch.ones_like(h[:, :1])], 1), z
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #db6d8ffe
@@ -236,7 +238,7 @@ def _finite(view, name):
 def _classifier(model, batch, forward):
     "The last linear layer, from the outputs of two samples"
     read = lambda model, batch: read_outputs('model', model, batch, forward or default_forward)
-    return last_linear(model, batch_rows(batch, slice(2)), read)[1]
+    return find_classifier(model, batch_rows(batch, slice(2)), read)
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #2cc03833
 def _check_first(name, loss, logits, batch):
@@ -247,19 +249,21 @@ def _check_first(name, loss, logits, batch):
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #own-parts-1
 def _own_parts(model, loss, batches, dealt, forward, chosen, name):
-    "Features, logits and derivatives of each batch of this process, by its number, and the number of all samples"
-    parts, layer, n = {}, None, 0
+    "Features, logits and derivatives of each batch of this process by its number, the number of all samples, a note"
+    parts, found, n, note = {}, None, 0, ''
     device = next(model.parameters()).device
     with measuring(model), torch.no_grad():
         for k, batch, own in dealt:
             if own:
                 batch = to_device(batch, device)
-                layer = layer or _classifier(model, batch, forward)
-                h, z = _layer_input(*features_and_logits(model, batch, forward), layer)
+                found = found or _classifier(model, batch, forward)
+                note = classifier_note(model, found) if not parts else note
+                known = found.layer if found.pooled else None
+                h, z = _layer_input(*features_and_logits(model, batch, forward, known), found.layer)
                 batches.n_classes = z.shape[1] if parts else _check_first(name, loss, z, batch)
                 parts[k] = (h, z, *_derivatives(loss, z, batch, chosen, n))
             n += len(batch['index'])
-    return parts, n
+    return parts, n, note
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #own-parts-3
 def _all_products(products, loss, n):
@@ -301,9 +305,9 @@ def last_layer_view(
     chosen = _hessian_mask(name, batches.batches, max_hessians, n_samples)
     bar = tqdm(batches, desc='last layer', leave=False, **first_bar(progress))
     dealt = dealt_batches(bar, together)
-    parts, n = _own_parts(model, loss, batches, dealt, forward, chosen, name)
+    parts, n, note = _own_parts(model, loss, batches, dealt, forward, chosen, name)
     _check_count(name, n_samples, n)
-    return _finite(LastLayerView(*_gathered(parts, loss, device, together)), name)
+    return _finite(LastLayerView(*_gathered(parts, loss, device, together), note=note), name)
 
 # %% ../../nbs/04_influence/08_last_layer.ipynb #56fc2081
 @patch

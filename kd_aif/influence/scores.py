@@ -99,10 +99,10 @@ def _last_layer_scores(model, loss, train, val, solver, target, val_loss, forwar
     )
     times.append(wall_seconds())
     values = view.scores(solution.x)
-    if target == 'posterior':
-        values = (values * view.logits.softmax(-1)).sum(1)
+    values = (values * view.logits.softmax(-1)).sum(1) if target == 'posterior' else values
     times.append(wall_seconds())
-    return _with_solution(check_finite(values.cpu()), view.index.cpu(), target, solution, times)
+    scores = _with_solution(check_finite(values.cpu()), view.index.cpu(), target, solution, times)
+    return replace(scores, note=joined_notes(scores.note, view.note))
 
 # %% ../../nbs/04_influence/09_scores.ipynb #497b9c52
 def all_layer_solver(

@@ -45,7 +45,7 @@ def _last_layer_pieces(model, loss, train, solver, forward, progress, embeddings
     "Solver, curvature, a tensor that gives the dtype, pairs of index and gradients of the last layer, and a note"
     checked = CheckedBatches('train', train, first_check('train', model, loss, forward))
     first = batch_rows(to_device(_first_batch('train', checked), next(model.parameters()).device), slice(2))
-    n_classes = last_linear(model, first, forward)[1].out_features
+    n_classes = len(last_linear(model, first, forward)[1].weight)
     keep = _max_hessians(n_classes, solver.n_samples if solver else None)
     view = last_layer_view(model, loss, train, forward, keep, progress, name='train')
     operator = last_layer_curvature(view)
@@ -58,7 +58,7 @@ def _last_layer_pieces(model, loss, train, solver, forward, progress, embeddings
         operator,
         view.features,
         ((view.index[at], view.select(at).gradients()) for at in slices),
-        '',
+        view.note,
     )
 
 # %% ../../nbs/04_influence/09b_self_influence.ipynb #07-influence-047
