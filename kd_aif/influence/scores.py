@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn, Tensor
 
@@ -25,6 +24,7 @@ from ..foundation.reprs import ShortRepr
 from ..foundation.batches import check_order, sample_batches
 from ..foundation.checks import check_network, check_switch
 from ..foundation.core import atomic_path, wall_seconds
+from ..foundation.state_files import open_tensors
 from .call_checks import check_scored, CheckedBatches, first_check
 from ..foundation.processes import dealt_batches, gather_parts, unwrapped
 from .curvature import FlatModel, GaussNewton, mean_gradient
@@ -150,8 +150,8 @@ def load(
     cls: InfluenceScores,
     path,  # file that `save` wrote
 ) -> InfluenceScores:  # without direction and inverse
-    "Read what `save` wrote"
-    with safe_open(path, 'pt') as f:
+    "Read what `save` wrote; raises `FileNotFoundError`, or `ValueError` for a broken file"
+    with open_tensors(path) as f:
         return cls(f.get_tensor('values'), f.get_tensor('index'), **json.loads(f.metadata()['fields']))
 
 # %% ../../nbs/04_influence/09_scores.ipynb #2b07b8f5
