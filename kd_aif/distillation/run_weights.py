@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 
-from ..weights.transforms import check_new_weights
+from ..weights.transforms import WeightChecks
 from ..data.training_set import TrainingSet
 from .objective import autocast_forward, Objective
 from kd_aif.distillation.scoring import (
@@ -39,28 +39,20 @@ class CheckedCallback:
         self,
         callback: Callable,  # callback(step) -> (b,)
     ):
-        self.callback, self.unfit = callback, None
+        self.callback, self.checks = callback, WeightChecks('callback')
 
     def __call__(
         self,
         step,  # a training step, with `losses`
     ) -> Tensor:  # (b,)
         "The weights of a batch; raises `ValueError` or `TypeError` for unfit ones of the first batch"
-        w = self.callback(step)
-        if self.unfit is None:
-            check_new_weights(w, len(step.losses), 'callback')
-            self.unfit = torch.zeros((), dtype=torch.bool, device=w.device)
-        self.unfit.logical_or_(~(torch.isfinite(w) & (w >= 0)).all())
-        return w
+        return self.checks.add(self.callback(step), len(step.losses))
 
 # %% ../../nbs/06_distillation/07_run_weights.ipynb #9aa425ca
 @patch
 def check(self: CheckedCallback) -> None:
     "Raise `ValueError` where a weight of any batch was negative or not finite"
-    if self.unfit is not None and self.unfit:
-        raise ValueError(
-            'callback: it gave a weight below 0, infinite or NaN; give finite weights of 0 or more, one per sample'
-        )
+    self.checks.refuse()
     if hasattr(self.callback, 'check'):
         self.callback.check()
 

@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from tqdm import tqdm
 
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #d5f1d4b1
-from ..weights.transforms import check_new_weights
+from ..weights.transforms import WeightChecks
 from ..foundation.checks import check_function, check_instance, check_network
 from ..data.images import content_hash, ImageData
 from ..data.loaders import ImageBatches
@@ -150,7 +150,7 @@ class SSLLoop:
         self.state = algorithm.start(student, batches.unlabelled, n_classes, make_trainer)
         algorithm.attach_ema(self.state, self.ema_model)
         self.written = self.block_start = perf_counter()
-        self.unfit = None  # whether a weight was negative or not finite, once there are weights
+        self.weight_checks = WeightChecks('weights')
 
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #3e6bfc6d
 @patch
@@ -158,19 +158,7 @@ def _checked_weights(self: SSLLoop, step, output):
     "The weights of the unlabelled images, or None: finite and not negative, else `ValueError`"
     if (w := self.weights(step, output)) is None:
         return None
-    if self.unfit is None:
-        check_new_weights(w, len(output.unsupervised), 'weights')
-        self.unfit = torch.zeros((), dtype=torch.bool, device=w.device)
-    self.unfit.logical_or_(~(torch.isfinite(w) & (w >= 0)).all())
-    return w
-
-# %% ../../nbs/08_few_labels/05_trainer.ipynb #80224586
-@patch
-def _refuse_unfit(self: SSLLoop):
-    if self.unfit is not None and self.unfit:
-        raise ValueError(
-            'weights: the function gave a weight below 0, infinite or NaN; give finite weights of 0 or more'
-        )
+    return self.weight_checks.add(w, len(output.unsupervised))
 
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #c772d042
 @patch
@@ -246,7 +234,7 @@ def record(
 ) -> dict:  # the new row of the history
     "Evaluate, and add a row to the history"
     forward = self.training.forward
-    self._refuse_unfit()
+    self.weight_checks.refuse()
     with self.watch('evaluation'):
         metrics = _evaluation('val', self.ema_model, val, forward)
         row |= {k: v for k, v in metrics.items() if k == 'val_accuracy'}

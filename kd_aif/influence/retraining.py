@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ..foundation.core import atomic_path, atomic_write, bar_options, check_whole
+from ..foundation.state_files import open_tensors
 
 # %% ../../nbs/04_influence/11_retraining.ipynb #62e53328
 @dataclass(frozen=True, repr=False)
@@ -82,8 +82,8 @@ def load(
     cls: RetrainedLosses,
     path,  # file that `save` wrote
 ):  # `RetrainedLosses`
-    "Read what `save` wrote"
-    with safe_open(path, 'pt') as f:
+    "Read what `save` wrote; raises `FileNotFoundError`, or `ValueError` for a broken file"
+    with open_tensors(path) as f:
         rows = f.get_tensor('rows').split(f.get_tensor('sizes').tolist())
         return cls(f.get_tensor('losses'), rows, tuple(json.loads(f.metadata()['seeds'])))
 
@@ -173,9 +173,9 @@ def _claim_folder(folder, key, names):
 def _read_run(path, mark):
     "Losses of a finished run; None where it is missing or the file is broken, which means doing it again"
     try:
-        with safe_open(path, 'pt') as f:
+        with open_tensors(path) as f:
             metadata, losses = f.metadata(), f.get_tensor('losses')
-    except (OSError, SafetensorError):
+    except (FileNotFoundError, ValueError):
         return None
     if metadata != mark:
         raise ValueError(f"folder: {path} belongs to another set of retraining runs; use another folder")

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastcore.basics import patch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -136,6 +135,6 @@ def load(
     cls: InfluenceScores,
     path,  # file that `save` wrote
 ) -> InfluenceScores:  # without direction and inverse
-    "Read what `save` wrote"
-    with safe_open(path, 'pt') as f:
+    "Read what `save` wrote; raises `FileNotFoundError`, or `ValueError` for a broken file"
+    with open_tensors(path) as f:
         return cls(f.get_tensor('values'), f.get_tensor('index'), **json.loads(f.metadata()['fields']))

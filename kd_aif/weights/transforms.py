@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRANSFORMS', 'mean_one_within_class', 'effective_sample_size', 'check_transform', 'weights_from_influence', 'Replace',
-           'EMA', 'Multiplicative', 'check_update', 'check_new_weights']
+           'EMA', 'Multiplicative', 'check_update', 'check_new_weights', 'WeightChecks']
 
 # %% ../../nbs/05_weights/01_transforms.ipynb #78dfa74d
 import math
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..foundation.checks import check_choice, check_function, check_instance
@@ -159,3 +160,34 @@ def check_new_weights(
     if not (fit := torch.isfinite(weights) & (weights >= 0)).all():
         raise ValueError(f'{name} gives a weight of {float(weights[~fit][0]):.3g}; {remedy}')
     return weights
+
+# %% ../../nbs/05_weights/01_transforms.ipynb #27a72de2
+class WeightChecks:
+    "The weights that a function gives step by step: one per sample, finite and not negative"
+
+    def __init__(
+        self,
+        name: str,  # how the function is called in messages
+    ):
+        self.name, self.unfit = name, None
+
+    def add(
+        self,
+        weights: Tensor,  # (b,) those of one step
+        n: int,  # samples of the step, b
+    ) -> Tensor:  # the same
+        "Check the first weights now, and remember whether later ones are unfit; raises as `check_new_weights`"
+        if self.unfit is None:
+            check_new_weights(weights, n, self.name)
+            self.unfit = torch.zeros((), dtype=torch.bool, device=weights.device)
+        self.unfit.logical_or_(~(torch.isfinite(weights) & (weights >= 0)).all())
+        return weights
+
+# %% ../../nbs/05_weights/01_transforms.ipynb #16f3a302
+@patch
+def refuse(self: WeightChecks) -> None:
+    "Raise `ValueError` where a weight of any step was negative or not finite"
+    if self.unfit is not None and self.unfit:
+        raise ValueError(
+            f'{self.name}: it gave a weight below 0, infinite or NaN; give finite weights of 0 or more, one per sample'
+        )

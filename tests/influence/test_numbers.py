@@ -19,7 +19,8 @@ from kd_aif.distillation.trainer import Training
 from kd_aif.foundation.losses import batch_cross_entropy
 from kd_aif.influence.cross_scores import cross_scores, Scoring
 from kd_aif.influence.iterative_solvers import CG
-from kd_aif.influence.scores import influence_scores
+from kd_aif.influence.retraining import RetrainedLosses
+from kd_aif.influence.scores import influence_scores, InfluenceScores
 from kd_aif.influence.self_influence import self_influence
 from kd_aif.influence.solvers import Exact, Woodbury
 from kd_aif.models.build import build_model
@@ -109,3 +110,30 @@ def test_memory_does_not_grow_over_repeated_scorings(sets, model):
         after, n = score(), n + 1
     print(f'{n} repeats: {before:.1f} to {after:.1f} MiB')
     assert after - before < 8
+
+
+BROKEN = dict(
+    missing=(None, FileNotFoundError, 'does not exist'),
+    empty=(b'', ValueError, 'is broken, or no file of this kind'),
+    text=(b'{"values": [1, 2]}', ValueError, 'is broken, or no file of this kind'),
+    cut=('cut', ValueError, 'is broken, or no file of this kind'),
+    other=('other', ValueError, 'is broken, or no file of this kind'),
+)
+
+
+@pytest.mark.parametrize('kind', [InfluenceScores, RetrainedLosses])
+@pytest.mark.parametrize('fault', BROKEN)
+def test_a_broken_file_is_refused_by_name(kind, fault, tmp_path):
+    content, error, message = BROKEN[fault]
+    path, n = tmp_path / 'saved.safetensors', torch.arange(3)
+    if content in ('cut', 'other'):
+        scores = InfluenceScores(torch.rand(3), n, 'mean', 0.1, 0.0, 1, {})
+        losses = RetrainedLosses(torch.rand(2, 1, 3), (n[:2], n[1:]), (0,))
+        first, second = (scores, losses) if kind is InfluenceScores else (losses, scores)
+        (first if content == 'cut' else second).save(path)
+        content = path.read_bytes()[:-4] if content == 'cut' else path.read_bytes()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(error, match=message) as found:
+        kind.load(path)
+    assert str(path) in str(found.value)
