@@ -37,6 +37,8 @@ class SampleView(ShortRepr):
 
     def __post_init__(self):
         check_choice('kind', self.kind, KINDS)
+        if self.kind == 'image' and self.image is None:
+            raise ValueError("kind is 'image', but there is no image; give image=, or kind='none'")
 
 # %% ../../nbs/02_data/13b_sample_views.ipynb #1ed818ef
 def _scaled(x):

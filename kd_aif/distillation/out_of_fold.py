@@ -92,15 +92,19 @@ def score_folds(
 def calibrate_folds(
     folds: list[ScoredFold],  # of all training samples
     samples: Samples,  # their index and labels
+    significance: float = 0.05,  # weights are exactly 1 unless "all good" is rejected; 1 always weights
+    by_class: bool = True,  # compare and scale within the given class; False: all classes together
 ) -> CalibratedWeights:  # in the order of `samples`
     "Calibrated weights of samples that were scored in parts; raises as `calibrated_weights`"
     intervals, order = [], torch.cat([fold.rows for fold in folds]).argsort()
     for s in (fold.scores for fold in folds):
-        low, high, test = intervals_of_folds(s.values, s.reference, s.labels, s.reference_labels)
+        classes = (s.labels, s.reference_labels) if by_class else (None, [None] * len(s.reference))
+        low, high, test = intervals_of_folds(s.values, s.reference, *classes)
         intervals.append((low, high, *test))
     low, high, *test = (torch.cat(ends, 1)[:, order] for ends in zip(*intervals))
-    m = effective_count(samples.y, s.reference_labels, len(samples))
-    return weights_from_intervals(low, high, m, samples.y, test=test)
+    labels, reference = (samples.y, s.reference_labels) if by_class else (None, s.reference)
+    m = effective_count(labels, reference, len(samples))
+    return weights_from_intervals(low, high, m, labels, significance, test=test)
 
 # %% ../../nbs/06_distillation/12_out_of_fold.ipynb #3edf435d
 def out_of_fold_weights(

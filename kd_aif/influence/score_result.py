@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..data.sample_galleries import can_be_shown, labelled_samples, with_gallery
 from ..foundation.core import atomic_path
+from ..foundation.state_files import open_tensors
 
 # %% ../../nbs/04_influence/08c_score_result.ipynb #b164967b
 @dataclass(frozen=True, repr=False)

@@ -34,7 +34,7 @@ class ScoredSamples:
     "What a trained model and some good labels say of every training sample"
 
     table: pd.DataFrame  # one row for each sample, by stable index, see `sample_table`
-    calibration: CalibratedWeights  # of the scores
+    calibration: CalibratedWeights  # of the scores, with the test: all weights are one unless it rejects
     models: tuple  # who was asked: one model, or one for each fold
     train: Iterable  # the training batches, as they were given
     val_metrics: dict  # 'accuracy' and 'loss' on the held-out samples, mean over the models, see `evaluate`
@@ -111,22 +111,23 @@ def score_samples(
     scores = cross_scores(model, loss, eval_view(train), eval_view(val), score, seed=seed, scoring=scoring)
     labels, reference_labels = class_groups(scores.labels), [class_groups(l) for l in scores.reference_labels]
     calibration = calibrated_weights(scores.values, scores.reference, labels, reference_labels)
+    untested = calibrated_weights(scores.values, scores.reference, significance=1.0)
     forward = default_forward if scoring.forward is None else scoring.forward
-    table = sample_table(scores, model, train, calibration=calibration, forward=forward)
+    options = dict(weights=calibration.values, calibration=untested, forward=forward)
+    table = sample_table(scores, model, train, **options)
     return ScoredSamples(table, calibration, (model,), train, _mean_metrics([model], val, forward))
 
 # %% ../../nbs/08b_trust/12_scored_samples.ipynb #fa336d72
 def _mean_metrics(models, val, forward):
     "Metrics on the held-out samples, mean over the models"
-    found = [evaluate(model, eval_view(val), forward) for model in models]
-    return {k: sum(f[k] for f in found) / len(found) for k, v in found[0].items() if isinstance(v, float)}
+    found = pd.DataFrame([evaluate(model, eval_view(val), forward) for model in models])
+    return found.select_dtypes('number').mean().to_dict()
 
 # %% ../../nbs/08b_trust/12_scored_samples.ipynb #b6fb665e
-def _fold_table(fold, calibration, train, forward):
+def _fold_table(fold, weights, untested, train, forward):
     "Rows of the samples of one fold, by the model that has not seen them"
-    own = replace(
-        calibration, values=calibration.values[fold.rows], probability=calibration.probability[fold.rows]
-    )
+    values, probability = (v[fold.rows] for v in (weights, untested.probability))
+    own = replace(untested, values=values, probability=probability)
     return sample_table(fold.scores, fold.model, train, calibration=own, forward=forward)
 
 # %% ../../nbs/08b_trust/12_scored_samples.ipynb #16932410
@@ -140,7 +141,7 @@ def score_out_of_fold(
 ) -> ScoredSamples:  # table and calibration of all samples, and the models
     "Score and calibrate all samples by models that have not seen them; raises as `score_folds` and `sample_table` do"
     found, samples = score_folds(fit, train, val, folds, forward=forward, **options)
-    calibration = calibrate_folds(found, samples)
-    tables = [_fold_table(fold, calibration, train, forward) for fold in found]
+    calibration, untested = calibrate_folds(found, samples), calibrate_folds(found, samples, 1.0, False)
+    tables = [_fold_table(fold, calibration.values, untested, train, forward) for fold in found]
     table, models = pd.concat(tables).loc[samples.index.tolist()], tuple(fold.model for fold in found)
     return ScoredSamples(table, calibration, models, train, _mean_metrics(models, val, forward))
