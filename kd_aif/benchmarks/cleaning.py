@@ -8,6 +8,7 @@ __all__ = ['CHECKED', 'EXPERIMENT', 'CleaningLists', 'cleaning_lists', 'first_ro
 # %% ../../nbs/11_benchmarks/21_cleaning.ipynb #955ec4fb
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 import pandas as pd
 import torch
@@ -132,7 +133,9 @@ def cleaning_lists(
     storage: Storage = Storage(),  # where the teacher is kept
     progress: bool = True,  # show bars
 ) -> CleaningLists:  # of the training samples of the task
-    "Train the models of a task and rank its samples; raises what `task_data` and `out_of_fold_probabilities` raise"
+    "Train the models of a task and rank its samples; raises `ImportError` without cleanlab"
+    if find_spec('cleanlab') is None:
+        raise ImportError('cleanlab is needed for two of the lists: pip install "kd_aif[baselines]"')
     models, clock = _Models(task, task_data(task, root, progress), storage, progress), Stopwatch()
     (found, scored), (of_halves, unseen) = models.all_seen(clock), models.halves(clock)
     found = found | of_halves | models.folds(clock, folds)
