@@ -46,9 +46,7 @@ class ScoreSettings(ShortRepr):
     val: str | None = None  # samples with good labels, of the same kind; default a tenth of the source
     label: str | None = None  # column of the labels, for files; default by its usual name
     text: str | None = None  # column of the texts: they go to a transformer
-    size: int | None = (
-        None  # side of the pictures in pixels; default 32 for a folder, the files' own for a table
-    )
+    size: int | None = None  # side of the pictures in pixels; default 32 for a folder
     model: str | None = None  # such as cnn32, torchvision/resnet18, mlp64; texts: a hub name or a folder
     folds: int = 2  # models, each for the part of the samples that it has not seen
     epochs: int | None = None  # passes over the samples; default 15, texts 3
