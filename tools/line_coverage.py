@@ -15,7 +15,8 @@ MEASURED = 'nbdev_test', 'exec(eval(sys.stdin.readline()))'
 def install():
     "Measure in every process of this environment that is asked to"
     here = str(Path(__file__).resolve().parent)
-    line = f"import os, sys; 'KD_AIF_COVERAGE' in os.environ and (sys.path.append({here!r}), __import__('line_coverage').start())"
+    start = f"(sys.path.append({here!r}), __import__('line_coverage').start())"
+    line = f"import os, sys; 'KD_AIF_COVERAGE' in os.environ and {start}"
     Path(sysconfig.get_path('purelib'), 'line_coverage.pth').write_text(line + '\n')
 
 def start():

@@ -8,7 +8,6 @@ __all__ = ['CHECKED', 'EXPERIMENT', 'CleaningLists', 'cleaning_lists', 'first_ro
 # %% ../../nbs/11_benchmarks/21_cleaning.ipynb #955ec4fb
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 
 import pandas as pd
 import torch
@@ -35,7 +34,7 @@ from ..foundation.losses import batch_cross_entropy
 # %% ../../nbs/11_benchmarks/21_cleaning.ipynb #4a56e294
 from ..reporting.record_files import find_record, save_record
 from ..reporting.records import make_record, markdown_table, Record
-from ..rivals.confident_learning import confident_learning, out_of_fold_probabilities
+from ..rivals.confident_learning import _cleanlab, confident_learning, out_of_fold_probabilities
 from ..trust.cleaning import cleaning_list, CRITERIA, precision_at
 from ..trust.scored_samples import score_out_of_fold, score_samples, ScoredSamples
 
@@ -134,9 +133,13 @@ def cleaning_lists(
     progress: bool = True,  # show bars
 ) -> CleaningLists:  # of the training samples of the task
     "Train the models of a task and rank its samples; raises `ImportError` without cleanlab"
-    if find_spec('cleanlab') is None:
-        raise ImportError('cleanlab is needed for two of the lists: pip install "kd_aif[baselines]"')
-    models, clock = _Models(task, task_data(task, root, progress), storage, progress), Stopwatch()
+    return _lists(task, task_data(task, root, progress), folds, storage, progress)
+
+
+def _lists(task, sets, folds, storage, progress):
+    "The lists of a task whose data are there"
+    _cleanlab()
+    models, clock = _Models(task, sets, storage, progress), Stopwatch()
     (found, scored), (of_halves, unseen) = models.all_seen(clock), models.halves(clock)
     found = found | of_halves | models.folds(clock, folds)
     chance = torch.rand(len(models.train), generator=generator(task.seed, 'random list'))
@@ -193,10 +196,11 @@ def cleaning_record(
     progress: bool = True,  # show bars
 ) -> Record:  # metrics '<list>/<k>'
     "Precision of all lists on one task"
-    fields = _identity(task, task_data(task, root, progress), folds)
+    sets = task_data(task, root, progress)
+    fields = _identity(task, sets, folds)
     if out is not None and (known := find_record(out, make_record(**fields, metrics={}))):
         return known
-    lists = cleaning_lists(task, folds, root, storage, progress)
+    lists = _lists(task, sets, folds, storage, progress)
     found = dict(metrics=_metrics(lists, checked), history=first_rows(lists))
     record = make_record(**fields, **found, seconds=lists.seconds)
     if out is not None:
