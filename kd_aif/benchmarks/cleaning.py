@@ -30,6 +30,7 @@ from ..foundation.core import generator, Stopwatch
 from ..influence.cross_scores import Scoring
 from ..influence.scores import influence_scores
 from ..foundation.losses import batch_cross_entropy
+from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/11_benchmarks/21_cleaning.ipynb #4a56e294
 from ..reporting.record_files import find_record, save_record
@@ -65,8 +66,8 @@ def _lists_of_probabilities(probabilities, data):
     }
 
 # %% ../../nbs/11_benchmarks/21_cleaning.ipynb #318e6239
-@dataclass(frozen=True, eq=False)
-class CleaningLists:
+@dataclass(frozen=True, eq=False, repr=False)
+class CleaningLists(ShortRepr):
     "The samples in the order of several lists, and which labels really are wrong"
 
     lists: dict  # name of the list -> (n,) stable indices, the most suspicious first
