@@ -30,8 +30,14 @@ _HOME = {  # name -> module in which it is defined; imported when it is first as
     'browse_page': 'trust.browse',
     'score_samples': 'trust.scored_samples',
     'score_out_of_fold': 'trust.scored_samples',
+    'loss_weights': 'integrations.samplers',
+    'DistillationTrainer': 'integrations.transformers_trainer',
     'load_images': 'data.sources',
     'build_model': 'models.build',
+    'load_tokenizer': 'models.text',
+    'text_classifier': 'models.text',
+    'transformer_training': 'distillation.transformer_training',
+    'evaluate': 'distillation.evaluation',
 }
 __all__ = list(_HOME)
 

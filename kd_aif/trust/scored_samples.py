@@ -42,6 +42,12 @@ class ScoredSamples:
     def __len__(self):
         return len(self.table)
 
+# %% ../../nbs/08b_trust/12_scored_samples.ipynb #41c4b978
+@patch(as_prop=True)
+def samples(self: ScoredSamples) -> pd.DataFrame:  # the table
+    "One row for each sample, as `Run.samples`"
+    return self.table
+
 # %% ../../nbs/08b_trust/12_scored_samples.ipynb #b7f9d420
 @patch
 def suspicious(
