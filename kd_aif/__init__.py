@@ -18,6 +18,7 @@ _HOME = {  # name -> module in which it is defined; imported when it is first as
     'out_of_fold_weights': 'distillation.out_of_fold',
     'influence_scores': 'influence.scores',
     'cross_scores': 'influence.cross_scores',
+    'Scoring': 'influence.cross_scores',
     'calibrated_weights': 'weights.calibration',
     'distill_ssl': 'few_labels.cross_fitting',
     'start_processes': 'foundation.processes',
