@@ -119,7 +119,7 @@ def measure_point(
     )
 
 # %% ../../nbs/11_benchmarks/19_scale.ipynb #cc5668e6
-WIDTHS = 280, 670, 965, 1380, 2200, 3150  # hidden units: 0.1, 0.5, 1, 2, 5 and 10 million parameters
+WIDTHS = 280, 670, 965, 1380, 2200, 3150, 4440  # hidden units: 0.1 to 20 million parameters
 
 
 def scale_points() -> list[ScalePoint]:  # one size grows at a time

@@ -146,9 +146,6 @@ def named_batch(
         )
     if isinstance(batch, (tuple, list)):
         raise _unclear_tuple(where, len(batch))
-        raise ValueError(
-            f"{where}: samples are tuples of {len(batch)}: {remedy}; give (x, y), or dicts with 'x' and 'y'"
-        )
     raise TypeError(f"{where}: samples are a {type(batch).__name__}; give (x, y), or dicts with 'x' and 'y'")
 
 # %% ../../nbs/02_data/14c_sample_sources.ipynb #a3ea1647

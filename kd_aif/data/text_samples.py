@@ -13,13 +13,10 @@ from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/02_data/14k_text_samples.ipynb #c6ff4c17
-from .sample_batches import _held_out_count, _warn_missing
+from .sample_batches import indexed_places, stratified_parts
 from .sample_views import SampleView
 from .text_batches import _Rows, TextBatches
 from .tokens import Tokens
-from ..foundation.checks import check_seed
-from ..foundation.core import generator
-from ..foundation.splits import class_groups, stratified_choice
 
 # %% ../../nbs/02_data/14k_text_samples.ipynb #f049fd66
 def select_tokens(
@@ -76,11 +73,7 @@ def hold_out(
     seed: int = 0,  # the choice is a pure function of it
 ) -> tuple[TextBatches, TextBatches]:  # the rest for training, and the held-out texts
     "Split off validation texts, stratified by class; warns of classes that are missing in one part"
-    check_seed(seed)
-    held, rest = stratified_choice(self.y, _held_out_count(n, len(self.data)), generator(seed, 'hold out'))
-    train, val = self.select(rest), self.select(held)
-    _warn_missing(self.classes, class_groups(train.y), class_groups(val.y))
-    return train, val
+    return stratified_parts(self, n, seed)
 
 # %% ../../nbs/02_data/14k_text_samples.ipynb #610c9522
 @patch
@@ -89,9 +82,6 @@ def view(
     index: list,  # stable indices of texts
 ) -> list[SampleView]:  # in this order
     "Texts for people; ValueError for an unknown index"
-    wanted = torch.as_tensor(index).reshape(-1).tolist()
-    place = {i: k for k, i in enumerate(self.index.tolist())}
-    if unknown := [i for i in wanted if i not in place]:
-        raise ValueError(f'index {unknown[0]} is not among these {len(place)} texts; give values of .index')
-    texts = [self.data.texts[place[i]] for i in wanted]
-    return [SampleView(i, 'text', t if isinstance(t, str) else '\n'.join(t)) for i, t in zip(wanted, texts)]
+    found = indexed_places(index, self.index, torch.arange(len(self.data)), 'texts')
+    texts = [(i, self.data.texts[place]) for i, place in found]
+    return [SampleView(i, 'text', t if isinstance(t, str) else '\n'.join(t)) for i, t in texts]

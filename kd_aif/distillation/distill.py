@@ -203,7 +203,7 @@ def _check_kept(kept, teacher, data, forward):
         )
     kept.check(teacher, data.samples.first, forward)
     index = data.all_index
-    if len(data.all_index.unique()) < len(index):
+    if len(index.unique()) < len(index):
         raise ValueError(
             'cache_teacher: training and validation samples share an index, and logits are kept by it; '
             'give them different ones, or Training(include_validation=False)'

@@ -89,7 +89,8 @@ def _fields(found):
     if found is None:
         return None
     fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-    return dict(kind=type(found).__name__, fields=fields | ({'inverse': None} if 'inverse' in fields else {}))
+    left_out = {name: None for name in ('inverse', 'batches') if name in fields}
+    return dict(kind=type(found).__name__, fields=fields | left_out)
 
 
 def _made(fields):

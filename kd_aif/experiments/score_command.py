@@ -15,6 +15,7 @@ from time import perf_counter
 from ..data.images import hold_out, subset
 from ..data.label_noise import symmetric_noise
 from ..data.loaders import ImageBatches
+from ..data.sample_views import class_names
 from ..data.samples import samples
 from ..data.sources import load_images
 from ..data.text_batches import TextBatches
@@ -46,9 +47,7 @@ class ScoreSettings(ShortRepr):
     val: str | None = None  # samples with good labels, of the same kind; default a tenth of the source
     label: str | None = None  # column of the labels, for files; default by its usual name
     text: str | None = None  # column of the texts: they go to a transformer
-    size: int | None = (
-        None  # side of the pictures in pixels; default 32 for a folder, the files' own for a table
-    )
+    size: int | None = None  # side of the pictures in pixels; default 32 for a folder
     model: str | None = None  # such as cnn32, torchvision/resnet18, mlp64; texts: a hub name or a folder
     folds: int = 2  # models, each for the part of the samples that it has not seen
     epochs: int | None = None  # passes over the samples; default 15, texts 3
@@ -93,13 +92,10 @@ def _read(settings, source, tokenizer, classes=None, decisions=None):
     return samples(source, **columns, **options)
 
 # %% ../../nbs/10_experiments/19d_score_command.ipynb #79136ee2
-def _held_out(settings, batches, tokenizer):
+def _held_out(settings, batches):
     "A tenth of the samples, whose labels are taken as good"
     print('no --val: a tenth of the samples is held out, and their labels are taken as good')
-    if not isinstance(batches, TextBatches):
-        return batches.hold_out(0.1, settings.seed)
-    parts = hold_out(batches.data, max(1, len(batches.data) // 10), settings.seed)
-    return tuple(TextBatches(part, tokenizer, seed=settings.seed) for part in parts)
+    return batches.hold_out(0.1, settings.seed)
 
 # %% ../../nbs/10_experiments/19d_score_command.ipynb #4b4a040d
 def _both_sets(settings, tokenizer):
@@ -108,13 +104,13 @@ def _both_sets(settings, tokenizer):
         return _sample_data(settings)
     train = _read(settings, settings.source, tokenizer, decisions=settings.decisions)
     if settings.val is None:
-        return _held_out(settings, train, tokenizer)
+        return _held_out(settings, train)
     return train, _read(settings, settings.val, tokenizer, classes=_classes(train))
 
 # %% ../../nbs/10_experiments/19d_score_command.ipynb #d397b219
 def _classes(batches):
     "Names of the classes; () for a regression"
-    return tuple(batches.data.classes if hasattr(batches, 'data') else batches.classes)
+    return class_names(batches) or ()
 
 # %% ../../nbs/10_experiments/19d_score_command.ipynb #81342875
 def _new_model(settings, batches):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from fastcore.basics import patch
-from torch import nn, Tensor
+from torch import nn
 
 # %% ../../nbs/08c_integrations/03_transformers_trainer.ipynb #b689f1dd
 from ..distillation.objective import Objective

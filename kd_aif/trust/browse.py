@@ -22,7 +22,7 @@ from jinja2 import Environment
 # %% ../../nbs/08b_trust/11_browse.ipynb #3cb3c375
 from ..data.images import content_hash
 from ..data.sample_galleries import thumbnail, thumbnail_type
-from ..data.sample_views import class_names, PIECE, sample_views
+from ..data.sample_views import check_names, class_names, PIECE, sample_views
 from ..foundation.checks import check_instance
 from ..foundation.core import atomic_write, check_whole
 
@@ -158,8 +158,7 @@ def _check_options(path, title, classes, size, quality, limit):
     check_instance('title', title, str, 'give a string')
     if not title.strip():
         raise ValueError('title is empty; say what the samples are')
-    if classes is not None and (isinstance(classes, str) or not all(isinstance(c, str) for c in classes)):
-        raise TypeError(f'classes is {classes!r:.60}; give the names of the classes, a tuple of strings')
+    check_names(classes)
     check_whole('size', size, 8, 1024)
     check_whole('quality', quality, 1, 100)
     check_whole('limit', limit)

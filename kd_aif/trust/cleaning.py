@@ -15,7 +15,7 @@ from torch import Tensor
 # %% ../../nbs/08b_trust/10_cleaning.ipynb #dc6afa15
 from ..data.images import ImageData
 from ..data.texts import TextData
-from ..distillation.result import mean_scores, Run
+from ..distillation.result import Run
 from ..distillation.sample_table import _rank_words, _score_values, _shares
 from ..foundation.checks import check_choice, check_instance
 from ..foundation.core import check_whole

@@ -16,10 +16,11 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 # %% ../../nbs/08b_trust/09_explain.ipynb #120a699a
-from ..data.sample_galleries import can_be_shown, with_gallery
+from ..data.sample_galleries import can_be_shown, with_gallery, words_alone
 from kd_aif.data.sample_views import (
     _check_batches,
     _row_view,
+    check_names,
     class_names,
     given_labels,
     label_text,
@@ -27,8 +28,8 @@ from kd_aif.data.sample_views import (
     SampleView,
     view_texts,
 )
-from ..foundation.batches import batch_rows, batch_size, eval_view, model_device, to_device
-from ..foundation.checks import check_instance, check_network
+from ..foundation.batches import batch_size, eval_view, model_device, to_device
+from ..foundation.checks import check_network
 from ..foundation.core import check_whole, evaluating
 from ..foundation.losses import batch_cross_entropy
 from ..foundation.reprs import markdown_text
@@ -117,7 +118,7 @@ def _shown(explanation, table):
 def _repr_mimebundle_(self: Explanation, include=None, exclude=None):
     words = self._repr_markdown_()
     if not can_be_shown(self.train):
-        return {'text/plain': words, 'text/markdown': words}
+        return words_alone(words)
     own = [(self.view, label_text(self.label, self.classes))] if self.view.kind == 'image' else []
     groups = {
         'Explained': own,
@@ -161,8 +162,7 @@ def _check_arguments(model, train, loss, forward, classes):
     if not hasattr(train, '__iter__'):
         raise TypeError(f'train is a {type(train).__name__}; give batches of it, such as ImageBatches(data)')
     check_scored(loss, None, forward)
-    if classes is not None and (isinstance(classes, str) or not all(isinstance(c, str) for c in classes)):
-        raise TypeError(f'classes is {classes!r:.60}; give the names of the classes, a tuple of strings')
+    check_names(classes)
 
 # %% ../../nbs/08b_trust/09_explain.ipynb #58eb3f7c
 def _log_probabilities(model, batch, forward):

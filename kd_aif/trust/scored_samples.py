@@ -16,7 +16,7 @@ from torch import nn, Tensor
 
 # %% ../../nbs/08b_trust/12_scored_samples.ipynb #ff6f3761
 from ..data.given_loaders import run_batches
-from ..data.sample_galleries import can_be_shown, labelled_samples, with_gallery
+from ..data.sample_galleries import labelled_gallery, SHOWN
 from ..distillation.evaluation import evaluate
 from ..distillation.out_of_fold import calibrate_folds, score_folds
 from ..distillation.sample_table import sample_table
@@ -91,16 +91,10 @@ def __repr__(self: ScoredSamples):
 # %% ../../nbs/08b_trust/12_scored_samples.ipynb #24b8b01e
 @patch
 def _repr_mimebundle_(self: ScoredSamples, include=None, exclude=None):
-    words = self._repr_markdown_()
-    if not can_be_shown(self.train):
-        return {'text/plain': words, 'text/markdown': words}
-    best = self.table.sort_values('score', ascending=False).head(8)
-    groups = {'Highest scores': best, 'Labels to check first': self.suspicious(8)}
-    shown = {
-        name: labelled_samples(self.train, t.index.tolist(), t['score'].to_dict())
-        for name, t in groups.items()
-    }
-    return with_gallery(words, shown)
+    best = self.table.sort_values('score', ascending=False).head(SHOWN)
+    tables = {'Highest scores': best, 'Labels to check first': self.suspicious(SHOWN)}
+    groups = {name: table.index.tolist() for name, table in tables.items()}
+    return labelled_gallery(self._repr_markdown_(), self.train, groups, self.table['score'].to_dict())
 
 # %% ../../nbs/08b_trust/12_scored_samples.ipynb #d307161c
 def score_samples(

@@ -96,7 +96,7 @@ def test_texts_pairs_and_paths():
     pairs = read_texts(([('a', 'b'), ('c', 'd')], ['x', 'y']))
     assert sample_views(pairs, [1])[0].text == 'c\nd'
     assert view_texts(pairs, [1, 0]) == dict(text=['c\nd', 'a\nb'])
-    own = Own({i: SampleView(i, 'image', path=f'{i}.png') for i in range(600)})
+    own = Own({i: SampleView(i, 'none', path=f'{i}.png') for i in range(600)})
     assert view_texts(own, range(600)) == dict(path=[f'{i}.png' for i in range(600)])
     assert max(map(len, own.asked)) <= 256
     assert view_texts([dict(x=torch.eye(2), index=torch.arange(2))], [0]) == {}

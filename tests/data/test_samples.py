@@ -2,7 +2,9 @@
 
 import random
 import shutil
+from functools import partial
 
+import made_rows
 import numpy as np
 import pandas as pd
 import pytest
@@ -45,18 +47,7 @@ Y = torch.arange(N) % 3
 X = torch.randn(N, 4, generator=G) + Y[:, None]
 
 
-class Rows(Dataset):
-    "Any form of sample, by a function of position"
-
-    def __init__(self, make, n=N, **attributes):
-        self.make, self.n = make, n
-        vars(self).update(attributes)
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        return self.make(i)
+Rows = partial(made_rows.Rows, n=N)
 
 
 def pair(i):
@@ -215,8 +206,8 @@ def test_another_seed_is_another_order():
 
 
 def test_a_last_single_sample_joins_the_batch_before():
-    sizes = [len(b['y']) for b in from_dataset(Rows(pair, 17))]
-    assert sizes == [8, 9] and len(from_dataset(Rows(pair, 17))) == 2
+    sizes = [len(b['y']) for b in from_dataset(Rows(pair, n=17))]
+    assert sizes == [8, 9] and len(from_dataset(Rows(pair, n=17))) == 2
 
 
 def test_the_eval_view_is_in_order_and_repeats():

@@ -3,7 +3,9 @@
 import random
 import shutil
 import warnings
+from functools import partial
 
+import made_rows
 import numpy as np
 import pandas as pd
 import pytest
@@ -28,18 +30,7 @@ X, Y = torch.randn(N, 4, generator=torch.Generator().manual_seed(0)), torch.aran
 ROWS = TensorDataset(X, Y)
 
 
-class Rows(td.Dataset):
-    "Any form of sample, by a function of position"
-
-    def __init__(self, make, n=N, **attributes):
-        self.make, self.n = make, n
-        vars(self).update(attributes)
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        return self.make(i)
+Rows = partial(made_rows.Rows, n=N)
 
 
 class Stream(td.IterableDataset):
@@ -89,9 +80,11 @@ SOURCES = {
     'shuffle in words': (call(ROWS, shuffle='yes'), TypeError, "shuffle is 'yes'.*use True or False"),
     'seed in words': (call(ROWS, seed='a'), TypeError, "seed is 'a'.*give an integer"),
     'collate that is none': (call(ROWS, collate=3), TypeError, 'collate is 3.*give a function'),
-    'transform that is none': (call(ROWS, transform=3), TypeError, 'transform is 3; give a function of one input, or a pair'),
+    'transform that is none': (call(ROWS, transform=3), TypeError,
+        'transform is 3; give a function of one input, or a pair'),
     'three transforms': (call(ROWS, transform=(None, None, None)), TypeError, 'or a pair'),
-    'size for rows': (call(ROWS, size=8), ValueError, 'size is given, but source is a data set whose inputs are no pict'),
+    'size for rows': (call(ROWS, size=8), ValueError,
+        'size is given, but source is a data set whose inputs are no pict'),
     'inputs for rows': (call(ROWS, inputs='a'), ValueError, 'inputs is given, but source is a data set'),
     'label for arrays': (call((X, Y), label='y'), ValueError, 'label is given, but source is a pair'),
     'text without tokenizer': (call(ROWS, text='t'), ValueError, "text='t' names texts; give tokenizer= too"),
@@ -113,7 +106,8 @@ SOURCES = {
     ),
     'label -1': bad(lambda i: (X[i], i % 3 - 1), ValueError, 'label at position 0 is -1.*leave unlabelled samples out'),
     'label None': bad(lambda i: (X[i], None), ValueError, 'do not fit into one batch.*NoneType'),
-    'label NaN': bad(lambda i: (X[i], float('nan')), ValueError, '12 of 12 labels are NaN or infinite, the first at pos'),
+    'label NaN': bad(lambda i: (X[i], float('nan')), ValueError,
+        '12 of 12 labels are NaN or infinite, the first at pos'),
     'floats that are whole': bad(
         lambda i: (X[i], float(Y[i])), ValueError, r'all of them are whole numbers; use y.long\(\).*classes=\(\)'
     ),
@@ -161,7 +155,8 @@ LOADERS = {
         lambda: DataLoader(ROWS, 4, sampler=td.DistributedSampler(ROWS, 2, 0)), ValueError, 'they share each batch'
     ),
     'own batch sampler': (
-        lambda: DataLoader(ROWS, batch_sampler=[[0, 1], [2]]), ValueError, 'has its own batch_sampler, .*batch_size= and'
+        lambda: DataLoader(ROWS, batch_sampler=[[0, 1], [2]]), ValueError,
+            'has its own batch_sampler, .*batch_size= and'
     ),
     'replacement': (
         lambda: DataLoader(ROWS, 4, sampler=td.RandomSampler(ROWS, replacement=True)), ValueError, 'with replacement'
@@ -302,16 +297,19 @@ def emptied(root):
 
 FOLDERS = {
     'no folder in it': (lambda root: root, {}, 'has no folders; give a folder with one subfolder for each class'),
-    'one class': (lambda root: folder(root, ('ant',)), {}, "one class folder, 'ant'; give two or more, or all names by"),
+    'one class': (lambda root: folder(root, ('ant',)), {},
+        "one class folder, 'ant'; give two or more, or all names by"),
     'loose file': (with_file('labels.csv'), {}, '1 files lie beside the class folders: labels.csv; move them'),
     'a text among images': (with_file('ant/notes.txt'), {}, "files of class 'ant' are no images.*ant/notes.txt; move"),
     'a video among images': (with_file('bee/a.mp4'), {}, 'bee/a.mp4'),
     'folders in a class': (with_file('ant/more/1.png'), {}, "'ant' has folders in it: ant/more; move their images up"),
-    'splits, not classes': (lambda root: folder(root, ('train', 'val')), {}, 'train, val, which are splits.*give one of'),
+    'splits, not classes': (lambda root: folder(root, ('train', 'val')), {},
+        'train, val, which are splits.*give one of'),
     'empty class': (emptied, {}, "class folder 'bee' has no images; fill it or remove it"),
     'names in two cases': (lambda root: folder(root, ('Cat', 'cat')), {}, "'Cat' and 'cat' differ in case"),
     'sizes that differ': (
-        lambda root: folder(root, size=lambda i: (6 + i, 6)), {}, r'4 images have 4 sizes, from 6×6 to 6×9.*give size='
+        lambda root: folder(root, size=lambda i: (6 + i, 6)), {},
+            r'4 images have 4 sizes, from 6×6 to 6×9.*give size='
     ),
     'no image inside': (with_file('ant/x.png', b'no image'), {}, r'x.png: the image cannot be read'),
     'cut in the middle': (truncated, {}, r'0.png: the image cannot be read'),
@@ -366,15 +364,19 @@ def written(text, name='t.csv'):
 
 TABLES = {
     'no label': (lambda root: numbers().drop(columns='label'), {}, r"no column with a usual name among a, b.*label='"),
-    'two labels': (lambda root: numbers(target=[1, 0, 1]), {}, 'two columns of labels, label and target among.*name the column'),
-    'label of another name': (lambda root: numbers(), dict(label='kind'), "label='kind'.*has no such column, only a, b"),
+    'two labels': (lambda root: numbers(target=[1, 0, 1]), {},
+        'two columns of labels, label and target among.*name the column'),
+    'label of another name': (lambda root: numbers(), dict(label='kind'),
+        "label='kind'.*has no such column, only a, b"),
     'no rows': (lambda root: numbers()[:0], {}, 'has no rows; give at least one sample'),
     'nothing but labels': (lambda root: numbers()[['label']], {}, 'no column beside the label; add the inputs'),
-    'row numbers': (lambda root: numbers(id=[0, 1, 2]), {}, r"column 'id' counts or names the rows; name the columns of inputs"),
+    'row numbers': (lambda root: numbers(id=[0, 1, 2]), {},
+        r"column 'id' counts or names the rows; name the columns of inputs"),
     'index of pandas': (
         lambda root: numbers(**{'Unnamed: 0': [7, 3, 9]}), {}, "column 'Unnamed: 0' counts or names the rows"
     ),
-    'texts among numbers': (lambda root: numbers(c=['u', 'v', 'w']), {}, "column 'c' holds text, such as 'u'; give text="),
+    'texts among numbers': (lambda root: numbers(c=['u', 'v', 'w']), {},
+        "column 'c' holds text, such as 'u'; give text="),
     'a number that is missing': (lambda root: numbers(a=[1, None, 2]), {}, "row 1 has nan in column 'a'.*fill it or"),
     'an infinite number': (lambda root: numbers(a=[1, 3, np.inf]), {}, "row 2 has inf in column 'a'"),
     'vectors of two lengths': (lambda root: numbers(a=[[1, 2], [3], [4, 5]]), {}, 'row 1 has 1 numbers.*row 0 has 2'),
@@ -382,19 +384,23 @@ TABLES = {
     'the label as input': (lambda root: numbers(), dict(inputs=('a', 'label')), "'label' is the label"),
     'an input twice': (lambda root: numbers(), dict(inputs=('a', 'a')), 'each once'),
     'size for numbers': (lambda root: numbers(), dict(size=4), 'size=4 is for images, but a, b are numbers'),
-    'names in two cases': (lambda root: numbers(label=['Dog', 'dog', 'x']), {}, "column 'label': the classes 'Dog' and"),
+    'names in two cases': (lambda root: numbers(label=['Dog', 'dog', 'x']), {},
+        "column 'label': the classes 'Dog' and"),
     'a label that is missing': (lambda root: numbers(label=['x', None, 'y']), {}, '1 of 3 labels are missing.*row 1'),
     'a label that is unknown': (lambda root: numbers(), dict(classes=['x', 'z']), "row 1: label 'y' is not one of"),
-    'missing file': (lambda root: paths(root, path=['a.png', 'b.png', 'c.png']), {}, "row 0 names 'a.png', which is no"),
+    'missing file': (lambda root: paths(root, path=['a.png', 'b.png', 'c.png']), {},
+        "row 0 names 'a.png', which is no"),
     'no path': (lambda root: paths(root, path=[None, 'b.png', 'c.png']), {}, "row 0 has no image in column 'path'"),
-    'two columns of images': (lambda root: paths(root).assign(mask=lambda t: t.path), {}, 'several columns of images, path'),
+    'two columns of images': (lambda root: paths(root).assign(mask=lambda t: t.path), {},
+        'several columns of images, path'),
     'images and numbers': (
         lambda root: paths(root, a=[1, 2, 3]), dict(inputs=('path', 'a')), 'path, a are images and others; name one'
     ),
     'ragged CSV': (written('a,label\n1,x\n2\n'), {}, 'row 1 has 1 values, the header has 2'),
     'no table': (written('hello', 't.docx'), {}, "ends in '.docx'; give a .csv"),
     'broken Parquet': (written('PAR1', 't.parquet'), {}, 't.parquet cannot be read.*write it again'),
-    'eval source for a table': (lambda root: numbers(), dict(eval_source=ROWS), 'eval_source is given, but source is a t'),
+    'eval source for a table': (lambda root: numbers(), dict(eval_source=ROWS),
+        'eval_source is given, but source is a t'),
 }  # fmt: skip
 
 
