@@ -18,6 +18,7 @@ _HOME = {  # name -> module in which it is defined; imported when it is first as
     'out_of_fold_weights': 'distillation.out_of_fold',
     'influence_scores': 'influence.scores',
     'cross_scores': 'influence.cross_scores',
+    'Scoring': 'influence.cross_scores',
     'calibrated_weights': 'weights.calibration',
     'distill_ssl': 'few_labels.cross_fitting',
     'start_processes': 'foundation.processes',
@@ -30,8 +31,14 @@ _HOME = {  # name -> module in which it is defined; imported when it is first as
     'browse_page': 'trust.browse',
     'score_samples': 'trust.scored_samples',
     'score_out_of_fold': 'trust.scored_samples',
+    'loss_weights': 'integrations.samplers',
+    'DistillationTrainer': 'integrations.transformers_trainer',
     'load_images': 'data.sources',
     'build_model': 'models.build',
+    'load_tokenizer': 'models.text',
+    'text_classifier': 'models.text',
+    'transformer_training': 'distillation.transformer_training',
+    'evaluate': 'distillation.evaluation',
 }
 __all__ = list(_HOME)
 

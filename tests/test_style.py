@@ -18,6 +18,7 @@ ROOMS = (  # a room uses the rooms before it only
     'foundation', 'data', 'models', 'influence', 'weights', 'distillation', 'rivals', 'few_labels', 'trust',
     'integrations', 'reporting', 'experiments', 'benchmarks', 'gpu_queue',
 )  # fmt: skip
+TUTORIALS = 'tutorials'  # a folder of notebooks that export nothing
 FLOORS = 9
 COMPREHENSIONS = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
 EXPORT = re.compile(r'^#\|\s*exporti?\b', re.MULTILINE)
@@ -210,7 +211,8 @@ def longest_path(graph):
 
 def test_every_folder_is_a_room_in_all_three_trees():
     folders = [p.name for p in NBS.iterdir() if p.is_dir() and re.match(r'\d\d[a-z]?_', p.name)]
-    assert sorted(name.partition('_')[2] for name in folders) == sorted(ROOMS)
+    assert sorted(name.partition('_')[2] for name in folders) == sorted([*ROOMS, TUTORIALS])
+    assert not any(export_cells(path) for path in (NBS / f'00_{TUTORIALS}').glob('*.ipynb'))
     assert sorted(p.name for p in PACKAGE.iterdir() if p.is_dir() and not p.name.startswith('_')) == sorted(
         ROOMS
     )

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 # %% ../../nbs/02_data/14d_sample_batches.ipynb #136d7bb8
 from .image_files import tensor_picture
+from .mixed_batches import MixedBatches
 from .sample_labels import tensor_labels
 from .sample_sources import BatchReader, is_random, Loader, named_batch, row_text, SampleSource
 from .sample_views import SampleView
@@ -301,6 +302,28 @@ def indexed_places(
     if unknown := [i for i in wanted if i not in place]:
         raise ValueError(f'index {unknown[0]} is not among these {len(place)} {what}; give values of .index')
     return [(i, place[i]) for i in wanted]
+
+# %% ../../nbs/02_data/14d_sample_batches.ipynb #76ddcced
+def _sizes(batches):
+    "Numbers of samples in the batches of a pass"
+    return [len(part) for part in _split(torch.arange(len(batches.positions)), batches.loader.batch_size)]
+
+
+@patch
+def with_validation(
+    self: SampleBatches,
+    val: SampleBatches,  # validation batches with the same classes
+    seed: int = 0,  # the order is a pure function of (seed, epoch)
+) -> MixedBatches:  # re-iterable batches in which 'held_out' marks the validation samples
+    "Both sets in one stream; raises `TypeError` for other batches, `ValueError` where the classes differ"
+    if not isinstance(val, SampleBatches):
+        raise TypeError(f'val is a {type(val).__name__}; give samples(...), or use mix_batches(train, val)')
+    if self.classes and val.classes and self.classes != val.classes:
+        raise ValueError(
+            f'val has the classes {", ".join(val.classes[:10])}, the training samples '
+            f'{", ".join(self.classes[:10])}; give samples(..., classes=train.classes)'
+        )
+    return MixedBatches(self, val, seed, (_sizes(self), _sizes(val)))
 
 # %% ../../nbs/02_data/14d_sample_batches.ipynb #58db7a38
 @patch

@@ -23,7 +23,6 @@ from jinja2 import Environment
 from ..data.images import content_hash
 from ..data.sample_galleries import thumbnail, thumbnail_type
 from ..data.sample_views import check_names, class_names, PIECE, sample_views
-from ..distillation.result import Run
 from ..foundation.checks import check_instance
 from ..foundation.core import atomic_write, check_whole
 
@@ -130,7 +129,9 @@ def _shown(batches, table, size, quality):
 # %% ../../nbs/08b_trust/11_browse.ipynb #c1b4a047
 def _check_table(table):
     "Raise `TypeError` or `ValueError` for what is no table of samples"
-    check_instance('source', table, pd.DataFrame, 'give a Run, or a table that sample_table made')
+    check_instance(
+        'source', table, pd.DataFrame, 'give a run, scored samples, or a table that sample_table made'
+    )
     if missing := [name for name in ('given', 'predicted') if name not in table]:
         raise ValueError(
             f"source: the table has no column {missing[0]!r}, only {', '.join(map(str, table))}; use sample_table"
@@ -198,10 +199,17 @@ def _small_enough(page, path, limit, size):
         f"table.nsmallest(10_000, 'score'), or a smaller size= than {size}"
     )
 
+# %% ../../nbs/08b_trust/11_browse.ipynb #5ef52799
+def _table_and_batches(source):
+    "The table, and the batches that belong to it, or None"
+    if isinstance(source, pd.DataFrame) or not hasattr(type(source), 'samples'):
+        return source, None
+    return source.samples, getattr(source, 'train', None)
+
 # %% ../../nbs/08b_trust/11_browse.ipynb #f34a8861
 def browse_page(
-    source: Run | pd.DataFrame,  # a run, or a table that `sample_table` made; its rows may be filtered
-    batches: Iterable | None = None,  # where pictures and texts are; default those of the run
+    source,  # a run, scored samples, or a table that `sample_table` made; its rows may be filtered
+    batches: Iterable | None = None,  # where pictures and texts are; default those of the source
     path: str | Path = 'samples.html',  # the file to write
     *,
     title: str = 'Training samples',  # heading
@@ -213,9 +221,9 @@ def browse_page(
     """Write one self-contained HTML page with all samples, at once or not at all. Raises `ValueError` or `TypeError`
     for what is no table, samples that are not in the batches, labels that are no classes, and pages above the limit."""
     _check_options(path, title, classes, size, quality, limit)
-    table = source.samples if isinstance(source, Run) else source
+    table, known = _table_and_batches(source)
     _check_table(table)
-    batches = source.train if batches is None and isinstance(source, Run) else batches
+    batches = known if batches is None else batches
     data = _page_data(table, _class_list(table, classes or class_names(batches)))
     shown = _shown(batches, table, size, quality)
     page = _page(title, data | shown.data, shown.packed).encode()

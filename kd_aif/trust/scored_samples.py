@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 # %% ../../nbs/08b_trust/12_scored_samples.ipynb #ff6f3761
+from ..data.given_loaders import run_batches
 from ..data.sample_galleries import labelled_gallery, SHOWN
 from ..distillation.evaluation import evaluate
 from ..distillation.out_of_fold import calibrate_folds, score_folds
@@ -41,6 +42,12 @@ class ScoredSamples:
 
     def __len__(self):
         return len(self.table)
+
+# %% ../../nbs/08b_trust/12_scored_samples.ipynb #41c4b978
+@patch(as_prop=True)
+def samples(self: ScoredSamples) -> pd.DataFrame:  # the table
+    "One row for each sample, as `Run.samples`"
+    return self.table
 
 # %% ../../nbs/08b_trust/12_scored_samples.ipynb #b7f9d420
 @patch
@@ -92,7 +99,7 @@ def _repr_mimebundle_(self: ScoredSamples, include=None, exclude=None):
 # %% ../../nbs/08b_trust/12_scored_samples.ipynb #d307161c
 def score_samples(
     model: nn.Module,  # trained on both sets or on neither; used in eval mode and left as it was
-    train: Iterable[dict],  # re-iterable batches of the samples to score, with 'index' and 'y'
+    train: Iterable[dict],  # batches of the samples to score, with 'index' and 'y'; or a plain DataLoader
     val: Iterable[dict],  # held-out batches whose labels are known to be good
     loss: Callable = batch_cross_entropy,  # the training loss: loss(logits, batch) -> (b,)
     score: tuple = ('mean', 'loss'),  # what is scored, see `cross_scores`
@@ -102,6 +109,7 @@ def score_samples(
     """Score and calibrate the samples of a trained model, without any training.
     Raises `ValueError`/`TypeError` as `cross_scores`, `calibrated_weights` and `sample_table` do"""
     model = check_network('model', model)
+    train, val, _ = run_batches(train, val)
     scores = cross_scores(model, loss, eval_view(train), eval_view(val), score, seed=seed, scoring=scoring)
     labels, reference_labels = class_groups(scores.labels), [class_groups(l) for l in scores.reference_labels]
     calibration = calibrated_weights(scores.values, scores.reference, labels, reference_labels)
@@ -134,6 +142,7 @@ def score_out_of_fold(
     **options,  # of `score_folds`: loss, score, seed, progress
 ) -> ScoredSamples:  # table and calibration of all samples, and the models
     "Score and calibrate all samples by models that have not seen them; raises as `score_folds` and `sample_table` do"
+    train, val, _ = run_batches(train, val)
     found, samples = score_folds(fit, train, val, folds, forward=forward, **options)
     calibration, untested = calibrate_folds(found, samples), calibrate_folds(found, samples, 1.0, False)
     tables = [_fold_table(fold, calibration.values, untested, train, forward) for fold in found]

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
+
 from kd_aif.data.images import ImageData
 from kd_aif.data.loaders import ImageBatches
 from kd_aif.data.mixed_batches import MixedBatches, SubsetBatches, is_deterministic, mix_batches
+from kd_aif.data.samples import samples
 
 
 class Reshuffled:
@@ -178,3 +181,36 @@ def test_mix_batches_needs_two_loaders_of_one_kind():
     assert isinstance(mix_batches(train, list(val)), MixedBatches)
     plain = mix_batches(list(train), list(val), 7, ([4, 4], [4]))
     assert isinstance(plain, MixedBatches) and (plain.seed, plain.n_train, plain.n_val) == (7, 8, 4)
+
+
+def test_samples_join_their_validation_samples_without_a_pass():
+    passes = []
+
+    class Counted(TensorDataset):
+        def __getitem__(self, i):
+            passes.append(i)
+            return super().__getitem__(i)
+
+    train, val = samples(Counted(torch.randn(33, 2), torch.arange(33) % 3), batch_size=4).hold_out(8)
+    passes.clear()
+    joined = train.with_validation(val, seed=2)
+    assert not passes
+    other = MixedBatches(train, val, 2)
+    assert joined.batch_size == other.batch_size == 5 and len(joined) == len(other)
+    train.set_epoch(0), val.set_epoch(0)
+    first = [b['index'].tolist() for b in joined]
+    train.set_epoch(0), val.set_epoch(0)
+    assert first == [b['index'].tolist() for b in other] and sorted(sum(first, [])) == list(range(33))
+
+
+@pytest.mark.parametrize(
+    'make, error, says',
+    [
+        (lambda: samples((torch.randn(4, 2), ['a', 'c', 'a', 'c'])), ValueError, 'classes=train.classes'),
+        (lambda: [dict(x=torch.randn(4, 2))], TypeError, 'mix_batches'),
+    ],
+)
+def test_samples_refuse_other_validation_samples(make, error, says):
+    train = samples((torch.randn(4, 2), ['a', 'b', 'a', 'b']))
+    with pytest.raises(error, match=says):
+        train.with_validation(make())
