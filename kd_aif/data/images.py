@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from fastcore.basics import patch
 
+from ..foundation.checks import as_positions
 from ..foundation.core import check_whole, generator
 from ..foundation.reprs import markdown_text
 from ..foundation.splits import stratified_choice
@@ -101,10 +102,10 @@ def _channels_last(x):
 @patch
 def select(
     self: ImageData,
-    positions,  # (k,) positions 0..n-1 in this object (not indices), a tensor, an array or a list
+    positions,  # (k,) positions 0..n-1 in this object (not indices), or (n,) bool
 ) -> ImageData:  # k images, in the given order
-    "The images at `positions`; raises IndexError when one is out of range."
-    p = torch.as_tensor(positions, dtype=torch.int64, device=self.x.device)
+    "The images at `positions`; raises `IndexError` or `ValueError` for others."
+    p = as_positions(positions, len(self)).to(self.x.device)
     x = _channels_last(self.x)[p].permute(0, 3, 1, 2)
     return self._derive(x=x, y=self.y[p], index=self.index[p], clean_y=self.clean_y[p])
 

@@ -22,7 +22,7 @@ from .sample_labels import tensor_labels
 from .sample_sources import BatchReader, is_random, Loader, named_batch, row_text, SampleSource
 from .sample_views import SampleView
 from .text_batches import _split
-from ..foundation.checks import check_seed
+from ..foundation.checks import as_positions, check_seed
 from ..foundation.core import check_whole, generator
 from ..foundation.reprs import markdown_text
 from ..foundation.splits import class_groups, stratified_choice
@@ -226,16 +226,9 @@ def select(
     positions,  # (k,) positions 0..n-1 in the eval view (not indices), or (n,) bool
 ) -> SampleBatches:  # these samples
     "The samples at `positions`, each once; raises ValueError or IndexError for others"
-    p, n = torch.as_tensor(positions), len(self.positions)
-    if p.dtype == torch.bool and p.shape == (n,):
-        p = p.nonzero()[:, 0]
-    if p.ndim != 1 or p.is_floating_point() or p.dtype == torch.bool or not len(p):
-        raise ValueError(
-            f'positions is {str(p.dtype).removeprefix("torch.")} of shape {tuple(p.shape)}; give whole numbers (k,), '
-            f'at least one, or bool ({n},)'
-        )
-    if p.min() < 0 or p.max() >= n:
-        raise IndexError(f'positions are {int(p.min())} to {int(p.max())}, but there are {n} samples, from 0')
+    p = as_positions(positions, len(self.positions))
+    if not len(p):
+        raise ValueError('positions: there is none; give whole numbers, at least one')
     if len(p.unique()) < len(p):
         raise ValueError(f'positions: {len(p)} of them, {len(p.unique())} different; give each once')
     new = copy(self)

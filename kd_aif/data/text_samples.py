@@ -17,6 +17,7 @@ from .sample_batches import indexed_places, stratified_parts
 from .sample_views import SampleView
 from .text_batches import _Rows, TextBatches
 from .tokens import Tokens
+from ..foundation.checks import as_positions
 
 # %% ../../nbs/02_data/14k_text_samples.ipynb #f049fd66
 def select_tokens(
@@ -55,10 +56,10 @@ def index(self: TextBatches) -> Tensor:  # (n,) int64
 @patch
 def select(
     self: TextBatches,
-    positions,  # (k,) positions 0..n-1 in the eval view (not indices)
+    positions,  # (k,) positions 0..n-1 in the eval view (not indices), or (n,) bool
 ) -> TextBatches:  # these texts
-    "The texts at `positions`; raises IndexError when one is out of range"
-    p, new = torch.as_tensor(positions, dtype=torch.int64), copy(self)
+    "The texts at `positions`; raises `IndexError` or `ValueError` for others"
+    p, new = as_positions(positions, len(self.data)), copy(self)
     new.data, new.epoch = self.data.select(p), 0
     here = p.to(self._rows.y.device)
     tokens = {prefix: select_tokens(t, here) for prefix, t in self._rows.tokens.items()}

@@ -12,6 +12,7 @@ import torch
 from fastcore.basics import patch
 
 from .images import content_hash
+from ..foundation.checks import as_positions
 from ..foundation.reprs import markdown_text
 
 # %% ../../nbs/02_data/09_texts.ipynb #62969c27
@@ -131,10 +132,10 @@ def _derive(self: TextData, **changes):
 @patch
 def select(
     self: TextData,
-    positions,  # (k,) positions 0..n-1 in this object (not indices), a tensor, an array or a list
+    positions,  # (k,) positions 0..n-1 in this object (not indices), or (n,) bool
 ) -> TextData:  # k texts, in the given order
-    "The texts at `positions`; raises IndexError when one is out of range"
-    p = torch.as_tensor(positions, dtype=torch.int64, device=self.y.device)
+    "The texts at `positions`; raises `IndexError` or `ValueError` for others"
+    p = as_positions(positions, len(self)).to(self.y.device)
     rows = dict(y=self.y[p], index=self.index[p], clean_y=self.clean_y[p])
     return self._derive(texts=tuple(self.texts[i] for i in p.tolist()), **rows)
 

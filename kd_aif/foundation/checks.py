@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_number', 'check_count', 'check_seed', 'check_switch', 'check_choice', 'check_function', 'check_instance',
-           'check_network', 'check_autocast']
+           'as_positions', 'check_network', 'check_autocast']
 
 # %% ../../nbs/01_foundation/01b_checks.ipynb #774d0faf
 import math
@@ -113,6 +113,26 @@ def check_instance(
     if isinstance(value, type):
         raise TypeError(f'{name} is the class {value.__name__}; {remedy}: an object, {value.__name__}()')
     raise TypeError(f'{name} is {_shown(value)}; {remedy}')
+
+# %% ../../nbs/01_foundation/01b_checks.ipynb #1932a4c3
+def as_positions(
+    positions,  # whole numbers (k,) from 0 to n - 1, or (n,) bool: a tensor, an array or a list
+    n: int,  # how many samples there are
+) -> torch.Tensor:  # (k,) int64
+    "Positions of samples; raises `ValueError` for what is neither numbers nor a mask, `IndexError` out of range"
+    p = torch.as_tensor(positions)
+    if p.dtype == torch.bool and p.shape == (n,):
+        return p.nonzero()[:, 0]
+    if p.shape == (0,):
+        return p.long()
+    if p.ndim != 1 or p.is_floating_point() or p.is_complex() or p.dtype == torch.bool:
+        raise ValueError(
+            f'positions is {str(p.dtype).removeprefix("torch.")} of shape {tuple(p.shape)}; give whole numbers (k,), '
+            f'or bool ({n},)'
+        )
+    if p.min() < 0 or p.max() >= n:
+        raise IndexError(f'positions are {int(p.min())} to {int(p.max())}, but there are {n} samples, from 0')
+    return p.long()
 
 # %% ../../nbs/01_foundation/01b_checks.ipynb #6e05d20b
 def check_network(
