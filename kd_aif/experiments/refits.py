@@ -45,7 +45,7 @@ _loss_weights, _mean_weights = (partial(_part_weights, score=score) for score in
 def _fit_last(c, network, options, refit):
     "Fit the last layer anew under the weights of the options"
     with c.clock('refitting'):
-        refit_last_layer(network, c.t, c.v, options['weighting'], refit, c.forward)
+        refit_last_layer(network, c.t, c.v, options['weighting'], refit, c.objective.forward)
 
 # %% ../../nbs/10_experiments/08b_refits.ipynb #76c6a771
 def train_with_refits(
@@ -64,7 +64,7 @@ def train_with_refits(
         _fit_last(c, network, options, refit)
     run = c.distil(network, c.t, **options)
     _fit_last(c, run.student, options, refit)
-    metrics = run.metrics | network_metrics(run.student, network, c.v, c.test, c.forward)
+    metrics = run.metrics | network_metrics(run.student, network, c.v, c.test, c.objective.forward)
     return replace(run, metrics=metrics), dict(teacher=spent, **c.clock.seconds, **run.seconds)
 
 # %% ../../nbs/10_experiments/08b_refits.ipynb #acc5784c
