@@ -35,6 +35,7 @@ from .weighting import Fixed, Influence, Published, Reweighting, Weighting
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #999d74e1
 from ..data.given_loaders import run_batches
+from .refit import check_refit_labels, replaceable_layer
 from ..foundation.batches import eval_view, model_device, to_device
 from ..foundation.core import evaluating
 from ..models.features import default_forward, find_classifier, last_linear
@@ -71,7 +72,9 @@ def score_once(
         if session.teacher is previous and schedule.make_teacher is not None:
             raise ValueError("make_teacher: gave the same network twice; make a new one in every call")
         session.train_teacher(soft_labels_of=previous if generation else None)
+    session.refit_teacher()
     session.train_student(BeforeEpochs(weights_from=schedule.after))
+    session.refit_student()
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #a679513b
 def score_the_student(
@@ -210,6 +213,25 @@ def _check_kept(kept, teacher, data, forward):
         )
     kept(index)
 
+# %% ../../nbs/06_distillation/11_distill.ipynb #85651219
+def _check_refit(student, teacher, data, config):
+    "Raise `ValueError` where a last layer cannot be fitted anew"
+    refit = getattr(config['schedule'], 'refit', None)
+    if refit is None:
+        return
+    if config['mechanism'] is None:
+        raise ValueError(
+            'refit belongs to a mechanism; without one call refit_last_layer(run.student, train, val)'
+        )
+    if holds_logits(config['training'].cache_teacher):
+        raise ValueError(
+            "cache_teacher holds logits, but refit changes the teacher's last layer; leave one of them out"
+        )
+    for network in (student, teacher):
+        with evaluating(network):
+            layer = replaceable_layer(network, data.samples.first, config['objective'].forward)
+        check_refit_labels(data, layer.weight.shape[0], refit)
+
 # %% ../../nbs/06_distillation/11_distill.ipynb #bffebd44
 def _check_online(model, batch, forward):
     "The layer whose inputs `Online` reads makes the logits, one row for each sample"
@@ -226,6 +248,7 @@ def _check_all_networks(student, teacher, data, config):
     "Student and teacher can do what the settings ask for"
     batch = data.samples.first
     _check_kept(config['training'].cache_teacher, teacher, data, config['objective'].forward)
+    _check_refit(student, teacher, data, config)
     check_networks(student, teacher, batch, config['objective'], config['weighting'])
     check_rows(student, teacher, batch, config['objective'])
     if isinstance(config['schedule'], Online):

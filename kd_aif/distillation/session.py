@@ -6,6 +6,7 @@
 __all__ = ['Session', 'BeforeEpochs']
 
 # %% ../../nbs/06_distillation/10_session.ipynb #b72c2787
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -18,6 +19,7 @@ from ..data.training_set import TrainingSet
 from .checks import check_teacher, check_trainable
 from .objective import bootstrapping_loss, Objective
 from .progress import parts_with_state, Progress
+from .refit import refit_on
 from .result import final_metrics, Run
 from .run_weights import RunWeights
 from .scoring import OnlineWeights
@@ -145,6 +147,34 @@ def _training_clock(self: Session, phase):
         return added
 
     return tick
+
+# %% ../../nbs/06_distillation/10_session.ipynb #8d223246
+@patch
+def refit_teacher(self: Session) -> None:
+    "Fit the teacher's last layer anew under the weights, before it teaches"
+    refit = self.config['schedule'].refit
+    if refit is None:
+        return
+    if not self.teacher_was_trained:
+        self.teacher = copy.deepcopy(self.teacher)
+    self.teacher_was_trained, self.views = True, None  # the logits of the views are those of the old layer
+    self._refit(self.teacher, refit)
+
+
+@patch
+def _refit(self: Session, network, refit):
+    if self.progress.waiting:
+        return
+    with self.clock('refitting'):
+        weights = self.weights.sample.all_weights[: len(self.data)]
+        refit_on(network, self.data, weights, refit, self.objective.forward)
+
+# %% ../../nbs/06_distillation/10_session.ipynb #0dcba616
+@patch
+def refit_student(self: Session) -> None:
+    "Fit the student's last layer anew under the weights, at the end"
+    if (refit := self.config['schedule'].refit) is not None:
+        self._refit(self.student, refit)
 
 # %% ../../nbs/06_distillation/10_session.ipynb #bc35514e
 @patch

@@ -53,6 +53,7 @@ def _setting_faults(config):
         and _remembers(auxiliary.loss),
         'compile is set, but exchanges cannot be compiled': training.compile is not None,
         'capture is True, but exchanges cannot be recorded': bool(training.capture),
+        'refit fits a last layer in one process': getattr(config['schedule'], 'refit', None) is not None,
     }
 
 # %% ../../nbs/06_distillation/08c_shared_checks.ipynb #25ce3ca2
