@@ -58,9 +58,7 @@ class OneShot(ShortRepr):
     after: int = 0  # first epoch in which the student has the weights
     make_teacher: Callable | None = None  # 'both': makes a fresh teacher; None: the given one goes on
     generations: int = 1  # 'both': how many teachers are trained, one after the other
-    refit: Refit | None = (
-        None  # last layers are fitted anew: the teacher's before it teaches, the student's at the end
-    )
+    refit: Refit | None = None  # fits last layers anew: the teacher's before it teaches, the student's at the end
 
     def __post_init__(self):
         check_whole('after', self.after, 0)
