@@ -159,4 +159,5 @@ def folder_source(
     check_image_size(size)
     files, *labels = folder_files(root, classes)
     paths = [str(f) for f in files]
-    return image_source(str(root), ImageRows(paths, paths, size), tuple(labels), transform, paths)
+    source = image_source(str(root), ImageRows(paths, paths, size), tuple(labels), transform, paths)
+    return replace(source, paths=[f.relative_to(root).as_posix() for f in files])

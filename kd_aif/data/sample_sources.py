@@ -61,6 +61,7 @@ class SampleSource:
     augment: object = None  # what may change a sample from epoch to epoch; None: nothing
     eval_augment: object = None  # the same of `eval_dataset`
     show: Callable | None = None  # show(position) -> dict(kind=..., text=..., image=..., path=...)
+    paths: list | None = None  # of its file for each sample, as people know it; None: they have no files
     remedy: str = 'give eval_source=, the same data set without augmentation'  # against a random eval view
     told: bool = False  # the warning about a random eval view was given
     note: str = ''  # what a reader must know, such as columns that are not used

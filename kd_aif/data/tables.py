@@ -6,7 +6,7 @@
 __all__ = ['Table', 'is_hub_dataset', 'read_table', 'label_column', 'table_source']
 
 # %% ../../nbs/02_data/14i_tables.ipynb #906d07a3
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -259,7 +259,8 @@ def _picture_source(table, name, labels, size, transform):
     "A table of pictures or of their paths"
     contents, where = _contents(table, name)
     paths = [c if isinstance(c, str) else '' for c in contents]
-    return image_source(table.name, ImageRows(contents, where, size), labels, transform, paths)
+    source = image_source(table.name, ImageRows(contents, where, size), labels, transform, paths)
+    return replace(source, paths=list(map(str, table.columns[name]))) if all(paths) else source
 
 
 def _check_kinds(table, names, kinds, size):

@@ -22,6 +22,7 @@ from jinja2 import Environment
 # %% ../../nbs/08b_trust/11_browse.ipynb #3cb3c375
 from ..data.images import content_hash
 from ..data.sample_galleries import thumbnail, thumbnail_type
+from ..data.sample_marks import path_mark, sample_marks, text_mark
 from ..data.sample_views import check_names, class_names, PIECE, sample_views
 from ..foundation.checks import check_instance
 from ..foundation.core import atomic_write, check_whole
@@ -105,26 +106,39 @@ class _Shown:
     sizes: list  # characters of each; 0 where there is no picture
     texts: list  # texts, or the first numbers of a row
     paths: list  # files
+    marks: tuple  # column of the decisions that identifies the samples, and its values; None: there is none
 
     @property
     def data(self):
         "What the script reads of it"
         kind = 'image' if any(self.sizes) else 'text'
-        return dict(kind=kind, sizes=self.sizes, text=self.texts, path=self.paths)
+        known = dict(mark=self.marks and self.marks[0], marks=self.marks and self.marks[1])
+        return known | dict(kind=kind, sizes=self.sizes, text=self.texts, path=self.paths)
+
+# %% ../../nbs/08b_trust/11_browse.ipynb #893e0560
+def _marks(batches, table):
+    "(column, one mark for each row), or None where nothing identifies the samples"
+    if batches is not None:
+        return sample_marks(batches, table.index.tolist())
+    paths = _words(table, 'path')
+    if all(paths):
+        return 'path', list(map(path_mark, paths))
+    texts = table['text'].tolist() if 'text' in table else ['']
+    return ('sample', list(map(text_mark, texts))) if all(isinstance(t, str) and t for t in texts) else None
 
 # %% ../../nbs/08b_trust/11_browse.ipynb #6cd8adb0
 def _shown(batches, table, size, quality):
     "`_Shown` of the samples in the order of the table"
     texts, paths = _words(table, 'text'), _words(table, 'path')
     if batches is None:
-        return _Shown('', [0] * len(table), texts, paths)
+        return _Shown('', [0] * len(table), texts, paths, _marks(None, table))
     packed, index = [], table.index.tolist()
     for start in range(0, len(index), PIECE):
         for k, view in enumerate(sample_views(batches, index[start : start + PIECE]), start):
             picture = b'' if view.image is None else thumbnail(view.image, size, quality)
             packed.append(base64.b64encode(picture).decode())
             texts[k], paths[k] = texts[k] or view.text, paths[k] or view.path
-    return _Shown(''.join(packed), list(map(len, packed)), texts, paths)
+    return _Shown(''.join(packed), list(map(len, packed)), texts, paths, _marks(batches, table))
 
 # %% ../../nbs/08b_trust/11_browse.ipynb #c1b4a047
 def _check_table(table):
@@ -182,7 +196,7 @@ def _page(title, data, packed):
 
 # %% ../../nbs/08b_trust/11_browse.ipynb #80fa9605
 def _page_data(table, names):
-    "What the script reads, pictures and texts left out"
+    "What the script reads, pictures and texts left out; the key is that of the rows"
     index = [str(i) for i in table.index]
     given, predicted = (_positions(table[c], names, c) for c in ('given', 'predicted'))
     columns = {name: _numbers(table, name) for name in NUMBERS}
@@ -226,5 +240,6 @@ def browse_page(
     batches = known if batches is None else batches
     data = _page_data(table, _class_list(table, classes or class_names(batches)))
     shown = _shown(batches, table, size, quality)
-    page = _page(title, data | shown.data, shown.packed).encode()
+    data['key'] = content_hash(data['key'], shown.packed, shown.texts, shown.paths, shown.marks)
+    page = _page(title, data | shown.data, shown.packed).encode(errors='replace')
     return atomic_write(path, _small_enough(page, path, limit, size))

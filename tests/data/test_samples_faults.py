@@ -469,6 +469,13 @@ DECISIONS = {
         ValueError,
         r'row 1 \(index 99\): no sample has this index',
     ),
+    'infinite index': (lambda: decided(index=[np.inf, 4.0]), ValueError, 'row 0: index is inf; give the whole'),
+    'a class that pandas takes for a missing one': (
+        lambda: decided(given=[np.nan, 'b']),
+        ValueError,
+        r'row 0 \(index 1\): given is missing \(nan\).*keep_default_na=False',
+    ),
+    'no rows': (lambda: decided()[:0], ValueError, 'decisions has no rows; leave it out'),
     'no index': (lambda: decided(index=[None, 4]), ValueError, 'row 0: index is nan; give the whole number'),
     'index twice': (lambda: decided(index=[1, 1]), ValueError, 'the index stands in row 0 too'),
     'unknown decision': (
@@ -513,6 +520,12 @@ def test_decisions_that_do_not_fit_change_nothing(case):
         with pytest.raises(kind, match=message):
             apply_decisions(data, make())
     assert torch.equal(batches.y, Y) and torch.equal(texts.y, Y)
+
+
+def test_an_empty_file_of_decisions(tmp_path):
+    (tmp_path / 'd.csv').write_text('')
+    with pytest.raises(ValueError, match='decisions is empty; leave it out'):
+        samples((X, Y), decisions=tmp_path / 'd.csv')
 
 
 def test_decisions_need_data_of_this_package():
