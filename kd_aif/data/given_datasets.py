@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from .sample_batches import SampleBatches
 from .sample_labels import tensor_labels
 from .sample_sources import Loader, named_batch, SampleSource, TensorRows
+from .written_labels import check_class_names
 from ..foundation.reprs import short_value
 
 # %% ../../nbs/02_data/14e_given_datasets.ipynb #5579f0ec
@@ -247,9 +248,10 @@ def dataset_source(
     source = lazy_source(name, dataset, loader, label)
     given, index = _labels_and_index(source, loader)
     source.index = _own_index(name, index, len(dataset))
-    source.y, source.classes = tensor_labels(
-        name, given, _listed_classes(dataset) if classes is None else classes
-    )
+    listed = _listed_classes(dataset) if classes is None else None
+    if listed is not None:
+        check_class_names(name, listed)
+    source.y, source.classes = tensor_labels(name, given, listed if classes is None else classes)
     source.y = source.y.cpu()
     _check_eval_labels(source, loader)
     return source
