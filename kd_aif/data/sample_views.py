@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SHOWN_NUMBERS', 'PIECE', 'SampleView', 'tensor_image', 'sample_views', 'class_names', 'check_names',
-           'given_labels', 'label_text', 'plain_text', 'view_texts']
+           'given_labels', 'label_text', 'plain_text', 'view_texts', 'indexed_table']
 
 # %% ../../nbs/02_data/13b_sample_views.ipynb #4a513409
 import re
@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
@@ -252,3 +253,19 @@ def view_texts(
             found['text'].append(plain_text(view.text) if view.kind == 'text' else '')
             found['path'].append(plain_text(view.path))
     return {name: values for name, values in found.items() if any(values)}
+
+# %% ../../nbs/02_data/13b_sample_views.ipynb #3392e161
+def indexed_table(
+    table: pd.DataFrame,  # one row for each sample
+    name: str = 'source',  # of the argument, for messages
+) -> pd.DataFrame:  # its index is the stable index of the samples
+    "A table by stable index: that of the column 'index' where there is one; ValueError for what is no index"
+    if 'index' not in table.columns or not len(table):
+        return table
+    values = table['index']
+    if not pd.api.types.is_integer_dtype(values):
+        raise ValueError(
+            f"{name}: the column 'index' is {values.dtype}; give the stable indices of the samples, whole numbers, or "
+            f'remove the column'
+        )
+    return table.set_index('index')

@@ -23,7 +23,7 @@ from jinja2 import Environment
 from ..data.images import content_hash
 from ..data.sample_galleries import thumbnail, thumbnail_type
 from ..data.sample_marks import path_mark, sample_marks, text_mark
-from ..data.sample_views import check_names, class_names, PIECE, sample_views
+from ..data.sample_views import check_names, class_names, indexed_table, PIECE, sample_views
 from ..foundation.checks import check_instance
 from ..foundation.core import atomic_write, check_whole
 
@@ -141,11 +141,12 @@ def _shown(batches, table, size, quality):
     return _Shown(''.join(packed), list(map(len, packed)), texts, paths, _marks(batches, table))
 
 # %% ../../nbs/08b_trust/11_browse.ipynb #c1b4a047
-def _check_table(table):
-    "Raise `TypeError` or `ValueError` for what is no table of samples"
+def _checked_table(table):
+    "The table by stable index; raises `TypeError` or `ValueError` for what is no table of samples"
     check_instance(
         'source', table, pd.DataFrame, 'give a run, scored samples, or a table that sample_table made'
     )
+    table = indexed_table(table)
     if missing := [name for name in ('given', 'predicted') if name not in table]:
         raise ValueError(
             f"source: the table has no column {missing[0]!r}, only {', '.join(map(str, table))}; use sample_table"
@@ -159,6 +160,7 @@ def _check_table(table):
     if not table.index.is_unique:
         twice = table.index[table.index.duplicated()][0]
         raise ValueError(f'source: the index {twice} comes more than once; give one row for each sample')
+    return table
 
 # %% ../../nbs/08b_trust/11_browse.ipynb #7941a2c5
 LIMIT = 400_000_000  # bytes of a page
@@ -222,7 +224,7 @@ def _table_and_batches(source):
 
 # %% ../../nbs/08b_trust/11_browse.ipynb #f34a8861
 def browse_page(
-    source,  # a run, scored samples, or a table that `sample_table` made; its rows may be filtered
+    source,  # a run, scored samples, or a table that `sample_table` made, filtered or read from a file
     batches: Iterable | None = None,  # where pictures and texts are; default those of the source
     path: str | Path = 'samples.html',  # the file to write
     *,
@@ -236,7 +238,7 @@ def browse_page(
     for what is no table, samples that are not in the batches, labels that are no classes, and pages above the limit."""
     _check_options(path, title, classes, size, quality, limit)
     table, known = _table_and_batches(source)
-    _check_table(table)
+    table = _checked_table(table)
     batches = known if batches is None else batches
     data = _page_data(table, _class_list(table, classes or class_names(batches)))
     shown = _shown(batches, table, size, quality)

@@ -93,6 +93,16 @@ def test_decisions_belong_to_samples_and_labels(tmp_path):
     assert key(table(path='a.png')) != first and key(table(text='one')) != first
 
 
+def test_a_table_from_a_file_keeps_its_stable_indices(tmp_path):
+    table().sort_values('score', ascending=False).to_csv(tmp_path / 's.csv', index_label='index')
+    read = pd.read_csv(tmp_path / 's.csv')
+    for frame in (read, read[read.score < 5]):
+        page = browse_page(frame, Pictures(), tmp_path / 'p.html').read_text(encoding='utf-8')
+        found = data_of(page)[0]
+        assert found['index'] == [str(i) for i in frame['index']] and found['index'][-1] == '50'
+        assert found['path'][0].startswith(found['index'][0])
+
+
 def test_pages_of_different_pictures_have_different_keys(tmp_path):
     def key(shade):
         batches = Pictures()
@@ -148,6 +158,8 @@ BAD = {
     'no rows': (lambda: (table()[:0],), {}, ValueError, 'no rows'),
     'names for rows': (lambda: (table().set_axis(list('abcdefghijkl')),), {}, TypeError, 'stable indices'),
     'real rows': (lambda: (table().set_axis(np.arange(12) / 2),), {}, TypeError, 'stable indices'),
+    'an index in words': (lambda: (table(index='seven'),), {}, ValueError, "column 'index' is"),
+    'rows twice in a file': (lambda: (table(index=7),), {}, ValueError, 'index 7 comes more than once'),
     'rows twice': (lambda: (table().set_axis([7] * 12),), {}, ValueError, 'index 7 comes more than once'),
     'missing label': (lambda: (table(given=None),), {}, ValueError, 'lacks a label'),
     'missing number': (lambda: (table(given=np.nan, predicted=1.0),), {}, ValueError, 'lacks a label'),
