@@ -143,6 +143,8 @@ def tensor_picture(
 class ImageRows:
     "Pictures by position"
 
+    names_samples = True  # its errors say which picture
+
     def __init__(
         self,
         contents: list,  # what `open_image` takes
@@ -168,7 +170,12 @@ def picture(
 @patch
 def __getitem__(self: ImageRows, i):
     picture = self.picture(i)
-    made = picture if self.transform is None else self.transform(picture)
+    try:
+        made = picture if self.transform is None else self.transform(picture)
+    except Exception as e:
+        raise ValueError(
+            f'{self.names[i]}: transform fails ({type(e).__name__}: {e!s:.200}); correct it'
+        ) from e
     return dict(x=image_tensor(made, self.names[i]))
 
 # %% ../../nbs/02_data/14g_image_files.ipynb #4ec4435c

@@ -6,12 +6,15 @@
 __all__ = ['check_classes', 'column_labels', 'tensor_labels']
 
 # %% ../../nbs/02_data/14b_sample_labels.ipynb #910e5c1a
+from collections.abc import Mapping, Set
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from .text_files import _labels
 from .written_labels import check_class_names
+from ..foundation.reprs import short_value
 
 # %% ../../nbs/02_data/14b_sample_labels.ipynb #f4fce4c5
 def check_classes(
@@ -97,6 +100,15 @@ def _whole_labels(where, y, classes):
         raise ValueError(f'{where}: the largest label is {most}; number the classes from 0, without gaps')
     return y, tuple(map(str, range(most + 1))) if classes is None else classes
 
+# %% ../../nbs/02_data/14b_sample_labels.ipynb #c88beaaa
+def _check_list(where, y):
+    "TypeError for labels that are none, one text, or without an order"
+    if isinstance(y, (str, bytes, Mapping, Set)) or not hasattr(y, '__len__'):
+        raise TypeError(
+            f'{where}: labels are {short_value(y)}, a {type(y).__name__}; give one label per sample, in a list, an '
+            f'array or a tensor'
+        )
+
 # %% ../../nbs/02_data/14b_sample_labels.ipynb #3d304b0b
 def tensor_labels(
     where: str,  # what holds the labels, for messages
@@ -105,6 +117,7 @@ def tensor_labels(
 ) -> tuple[Tensor, tuple]:  # (n,) int64, or float32 for a regression; names of the classes
     "Labels of a data set in memory; ValueError for missing, unclear or negative ones"
     classes = check_classes(classes)
+    _check_list(where, y)
     if isinstance(y, (list, tuple)) and all(isinstance(v, (int, float)) for v in y):
         y = torch.tensor(y)
     if not isinstance(y, Tensor):

@@ -16,7 +16,7 @@ from .given_datasets import Transformed
 from .image_files import ImageRows
 from .images import content_hash, ImageData
 from .sample_batches import indexed_places, SampleBatches
-from .sample_sources import drawn, is_random, named_batch
+from .sample_sources import drawn, is_random, named_batch, read_sample
 from .sample_views import plain_text
 from .texts import TextData
 
@@ -86,7 +86,9 @@ def _dataset_marks(source, positions):
         return None
     marks = []
     for p in positions:
-        found = named_batch(source.name, drawn(lambda: dataset[p], 0, 'look'), label, needs_label)
+        found = named_batch(
+            source.name, drawn(lambda: read_sample(dataset, p), 0, 'look'), label, needs_label
+        )
         marks.append(_content_mark(found.get('x', found.get('input_ids'))))
     return None if None in marks else marks
 

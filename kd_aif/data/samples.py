@@ -31,7 +31,7 @@ from .images import ImageData
 from .loaders import ImageBatches
 from .sample_batches import SampleBatches
 from .sample_labels import check_classes
-from .sample_sources import drawn, Loader, named_batch
+from .sample_sources import drawn, Loader, named_batch, read_sample
 from .tables import is_hub_dataset, table_source
 from .text_batches import TextBatches
 from .text_files import read_texts
@@ -100,7 +100,7 @@ def _holds_pictures(dataset, label):
     "Whether the first sample is a picture of Pillow"
     if not hasattr(dataset, '__getitem__') or not hasattr(dataset, '__len__') or not len(dataset):
         return False
-    sample = drawn(lambda: dataset[0], 0, 'look')
+    sample = drawn(lambda: read_sample(dataset, 0), 0, 'look')
     if not isinstance(sample, (tuple, list, Mapping)):
         return False
     return hasattr(named_batch('source', sample, label).get('x'), 'convert')
@@ -111,7 +111,7 @@ _THUMBNAIL = PictureTensors((2, 2))
 
 def _show_picture(dataset, label, size, position):
     "What a person sees of a picture"
-    picture = named_batch('source', dataset[position], label)['x']
+    picture = named_batch('source', read_sample(dataset, position), label)['x']
     return dict(kind='image', image=resized(open_image(picture), size))
 
 

@@ -157,7 +157,7 @@ def _row_numbers(values):
             and first in (0, 1)
             and [float(v) for v in values] == list(range(first, first + len(values)))
         )
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 # %% ../../nbs/02_data/14i_tables.ipynb #a5ae44f4

@@ -88,6 +88,13 @@ SOURCES = {
     'inputs for rows': (call(ROWS, inputs='a'), ValueError, 'inputs is given, but source is a data set'),
     'label for arrays': (call((X, Y), label='y'), ValueError, 'label is given, but source is a pair'),
     'text without tokenizer': (call(ROWS, text='t'), ValueError, "text='t' names texts; give tokenizer= too"),
+    'no labels': (call((X, None)), TypeError, 'source: labels are None, a NoneType; give one label per sample'),
+    'a word for labels': (call((X, 'a' * N)), TypeError, "source: labels are 'aaa.*a str; give one label"),
+    'a set of labels': (call((X, {0, 1})), TypeError, 'a set; give one label per sample'),
+    'a number for labels': (call((X, 3)), TypeError, 'labels are 3, a int; give one label'),
+    'a sample that fails': bad(lambda i: pair(i) if i != 7 else open('/no/file'), ValueError,
+        r'the sample at position 7 cannot be read \(FileNotFoundError: .*/no/file.*correct it in the data set'),
+    'a first sample that fails': bad(lambda i: {}[i], ValueError, r'at position 0 cannot be read \(KeyError: 0\)'),
     'texts without tokenizer': (call((['a', 'b'], [0, 1])), ValueError, 'X holds texts; give tokenizer='),
     'classes in one string': (call(ROWS, classes='abc'), TypeError, "classes is 'abc'.*give a list of names"),
     'a class twice': (call(ROWS, classes=['a', 'a', 'b']), ValueError, 'give a list of different names'),
@@ -322,6 +329,8 @@ FOLDERS = {
     'size in words': (folder, dict(size='small'), "size is 'small'; give pixels"),
     'label for a folder': (folder, dict(label='x'), 'label is given, but source is a folder of images'),
     'eval source for a folder': (folder, dict(eval_source=ROWS), 'eval_source is given, but source is a folder'),
+    'a transform that fails': (folder, dict(transform=lambda p: 1 / 0),
+        r'ant/0.png: transform fails \(ZeroDivisionError: division by zero\); correct it'),
     'transform to a number': (folder, dict(transform=lambda p: 3), 'transform gives a int; give a tensor'),
     'transform to sizes': (
         lambda root: folder(root, size=lambda i: (6 + i, 6)), dict(transform=lambda p: p), 'do not fit into one batch'
@@ -335,6 +344,13 @@ def test_folders_with_anything_else_are_refused(case, tmp_path):
     with pytest.raises((ValueError, TypeError), match=message):
         for batch in samples(make(tmp_path), **options):
             pass
+
+
+def test_the_cause_of_a_failed_sample_is_kept():
+    batches = samples(Rows(lambda i: pair(i) if i != 8 else {}['x'], targets=Y.tolist()), batch_size=5)
+    with pytest.raises(ValueError, match='position 8 cannot be read') as found:
+        list(batches)
+    assert isinstance(found.value.__cause__, KeyError)
 
 
 def test_the_check_of_a_case_can_fail(tmp_path):
@@ -379,6 +395,8 @@ TABLES = {
         "column 'c' holds text, such as 'u'; give text="),
     'a number that is missing': (lambda root: numbers(a=[1, None, 2]), {}, "row 1 has nan in column 'a'.*fill it or"),
     'an infinite number': (lambda root: numbers(a=[1, 3, np.inf]), {}, "row 2 has inf in column 'a'"),
+    'infinite in the first row': (lambda root: numbers(a=[np.inf, 3, 1]), {}, "row 0 has inf in column 'a'"),
+    'infinite in a file': (written('a,b,label\ninf,1,x\n2,2,y\n3,1,x\n'), {}, "row 0 has 'inf' in column 'a'"),
     'vectors of two lengths': (lambda root: numbers(a=[[1, 2], [3], [4, 5]]), {}, 'row 1 has 1 numbers.*row 0 has 2'),
     'inputs that are none': (lambda root: numbers(), dict(inputs='z'), "'z' is no column; the columns of"),
     'the label as input': (lambda root: numbers(), dict(inputs=('a', 'label')), "'label' is the label"),
