@@ -18,6 +18,7 @@ from .sample_batches import SampleBatches
 from .sample_marks import MARKS, same_mark, sample_marks
 from .text_files import _columns, _is_missing
 from .texts import TextData
+from .written_labels import similar_columns
 
 # %% ../../nbs/02_data/14j_decisions.ipynb #edffa901
 DECISIONS = 'accept', 'relabel', 'drop'
@@ -37,8 +38,9 @@ def _read(decisions):
     if not len(columns):
         raise ValueError('decisions is empty; leave it out, or export the decisions again')
     if missing := [name for name in _COLUMNS if name not in columns]:
+        hint = similar_columns(missing, columns)
         raise ValueError(
-            f'decisions has no column {missing[0]!r}, only {", ".join(map(str, columns))}; '
+            f'decisions has no column {missing[0]!r}, only {", ".join(map(str, columns))}{hint}; '
             f'it needs {", ".join(_COLUMNS)}'
         )
     if not len(columns['index']):

@@ -24,10 +24,27 @@ from .texts import TextData
 from .written_labels import check_class_names, is_real, label_numbers, similar_columns, whole_name
 
 # %% ../../nbs/02_data/10_text_files.ipynb #effea2fd
+def _header(f, delimiter):
+    "The first row of an open file; empty where it does not fit the separator"
+    f.seek(0)
+    try:
+        return next((row for row in csv.reader(f, delimiter=delimiter, strict=True) if row), [])
+    except csv.Error:
+        return []
+
+
+def _separator(f, usual):
+    "The separator of an open file: the usual one, or the first other one that makes several columns of the header"
+    fits = [d for d in (usual, ',', ';', '\t') if len(_header(f, d)) > 1]
+    f.seek(0)
+    return fits[0] if fits else usual
+
+# %% ../../nbs/02_data/10_text_files.ipynb #ff80577c
 def _delimited(path, delimiter):
-    "Columns of a file of comma- or tab-separated values with a header"
+    "Columns of a file of separated values with a header"
     try:
         with open(path, encoding='utf-8-sig', newline='') as f:
+            delimiter = _separator(f, delimiter)
             rows = [row for row in csv.reader(f, delimiter=delimiter, strict=True) if row]
     except (csv.Error, UnicodeDecodeError) as e:
         raise ValueError(
@@ -198,6 +215,8 @@ def _text_columns(text, label, columns):
     missing = [n for n in (*names, label) if n not in columns]
     if missing or len(names) not in (1, 2):
         what = f'there is no column {missing[0]!r}' if missing else f'text={text!r} does not name the texts'
+        looked_for = [label, *names] + [name for usual in _usual if text is None for name in usual]
+        what += similar_columns(looked_for, columns)
         raise ValueError(
             f"{what}; the columns are {', '.join(map(str, columns))}: give text='COLUMN' or "
             "text=('FIRST', 'SECOND'), and label='COLUMN'"

@@ -39,7 +39,9 @@ def similar_columns(
     "A hint at columns whose names differ in case or spaces alone"
     plain = {name.casefold() for name in wanted}
     found = [c for c in columns if isinstance(c, str) and c not in wanted and c.strip().casefold() in plain]
-    return f' ({", ".join(map(repr, found))} differs in case or spaces)' if found else ''
+    if not found:
+        return ''
+    return f' ({", ".join(map(repr, found))} differ{"s" if len(found) == 1 else ""} in case or spaces)'
 
 # %% ../../nbs/02_data/09b_written_labels.ipynb #cb05d17d
 _INTEGER = re.compile(r'0|-?[1-9]\d*', re.ASCII)

@@ -416,6 +416,11 @@ TABLES = {
     ),
     'ragged CSV': (written('a,label\n1,x\n2\n'), {}, 'row 1 has 1 values, the header has 2'),
     'no table': (written('hello', 't.docx'), {}, "ends in '.docx'; give a .csv"),
+    'header in capitals': (written('A,Label\n0.5,x\n2,y\n'), {}, r"among A, Label \('Label' differs in case or space"),
+    'header with spaces': (written('a, label\n0.5,x\n2,y\n'), {}, r"\(' label' differs in case or spaces\); name"),
+    'a named column with capitals': (lambda root: numbers(Kind=1), dict(label='kind'), r"\('Kind' differs in case"),
+    'decimal comma': (written('a;b;label\n0,5;1;x\n2;3;y\n'), {}, "column 'a' holds numbers with a decimal comma"),
+    'labels with a decimal comma': (written('a;label\n0.5;0,5\n2;1,5\n'), {}, "'label': labels have a decimal comma"),
     'broken Parquet': (written('PAR1', 't.parquet'), {}, 't.parquet cannot be read.*write it again'),
     'eval source for a table': (lambda root: numbers(), dict(eval_source=ROWS),
         'eval_source is given, but source is a t'),
@@ -493,6 +498,11 @@ DECISIONS = {
         ValueError,
         r'row 0 \(index 1\): given is missing \(nan\).*keep_default_na=False',
     ),
+    'header in capitals': (
+        lambda: decided().rename(columns=str.title),
+        ValueError,
+        "no column 'index', only Index.*'Index', 'Decision', 'Given', 'Label' differ in case",
+    ),
     'no rows': (lambda: decided()[:0], ValueError, 'decisions has no rows; leave it out'),
     'no index': (lambda: decided(index=[None, 4]), ValueError, 'row 0: index is nan; give the whole number'),
     'index twice': (lambda: decided(index=[1, 1]), ValueError, 'the index stands in row 0 too'),
@@ -538,6 +548,28 @@ def test_decisions_that_do_not_fit_change_nothing(case):
         with pytest.raises(kind, match=message):
             apply_decisions(data, make())
     assert torch.equal(batches.y, Y) and torch.equal(texts.y, Y)
+
+
+@pytest.mark.parametrize('separator', [',', ';', '\t'])
+@pytest.mark.parametrize('quoting', [0, 1])
+def test_other_separators(separator, quoting, tmp_path, words):
+    write = lambda frame, name: frame.to_csv(tmp_path / name, sep=separator, index=False, quoting=quoting)
+    write(numbers(), 't.csv')
+    write(numbers(), 't.tsv')
+    for name in ('t.csv', 't.tsv'):
+        found = samples(tmp_path / name)
+        assert found.classes == ('x', 'y') and next(iter(found.eval_view()))['x'].tolist()[1] == [2, 0]
+    write(pd.DataFrame(dict(text=['1 2', '3'], label=['a', 'b'])), 'r.csv')
+    assert samples(tmp_path / 'r.csv', tokenizer=words()).data.texts == ('1 2', '3')
+    write(pd.DataFrame(dict(index=[1], decision='drop', given='y', label='')), 'd.csv')
+    assert samples(numbers(), decisions=tmp_path / 'd.csv').index.tolist() == [0, 2]
+
+
+def test_header_of_texts_in_capitals(tmp_path, words):
+    for header, found in ('Text,label', "'Text' differs"), ('text, label', "' label' differs"):
+        (tmp_path / 'r.csv').write_text(f'{header}\n1,a\n2,b\n')
+        with pytest.raises(ValueError, match=found):
+            samples(tmp_path / 'r.csv', tokenizer=words())
 
 
 def test_an_empty_file_of_decisions(tmp_path):
