@@ -95,6 +95,13 @@ SOURCES = {
     'a sample that fails': bad(lambda i: pair(i) if i != 7 else open('/no/file'), ValueError,
         r'the sample at position 7 cannot be read \(FileNotFoundError: .*/no/file.*correct it in the data set'),
     'a first sample that fails': bad(lambda i: {}[i], ValueError, r'at position 0 cannot be read \(KeyError: 0\)'),
+    'one class': (call((X, [0] * N)), ValueError, "label '0' alone; give samples of two classes or more, or all"),
+    'one class, counted from 1': (call((X, [1] * N)), ValueError, "source has the label '1' alone"),
+    'one name': (call((X, ['a'] * N)), ValueError, "source has the label 'a' alone"),
+    'most classes empty': (call((X, Y * 50 + 1)), ValueError,
+        r'source: labels are 1 to 101, so that 99 of 102 classes have no sample; number them without gaps, or give cl'),
+    'most classes of a data set empty': bad(lambda i: (X[i], 7 + i % 3), ValueError,
+        r'7 of 10 classes have no sample; use y - 7, or give classes=\(...\), the names'),
     'texts without tokenizer': (call((['a', 'b'], [0, 1])), ValueError, 'X holds texts; give tokenizer='),
     'classes in one string': (call(ROWS, classes='abc'), TypeError, "classes is 'abc'.*give a list of names"),
     'a class twice': (call(ROWS, classes=['a', 'a', 'b']), ValueError, 'give a list of different names'),
@@ -416,6 +423,7 @@ TABLES = {
     ),
     'ragged CSV': (written('a,label\n1,x\n2\n'), {}, 'row 1 has 1 values, the header has 2'),
     'no table': (written('hello', 't.docx'), {}, "ends in '.docx'; give a .csv"),
+    'one class': (lambda root: numbers(label='x'), {}, "source has the label 'x' alone"),
     'header in capitals': (written('A,Label\n0.5,x\n2,y\n'), {}, r"among A, Label \('Label' differs in case or space"),
     'header with spaces': (written('a, label\n0.5,x\n2,y\n'), {}, r"\(' label' differs in case or spaces\); name"),
     'a named column with capitals': (lambda root: numbers(Kind=1), dict(label='kind'), r"\('Kind' differs in case"),
@@ -450,6 +458,7 @@ TEXT_FAULTS = {
     'transform': (dict(transform=str), 'transform is given'),
     'inputs': (dict(inputs='a'), 'inputs is given'),
     'workers': (dict(workers=2), 'workers is given, but source is a set of texts, which are kept in memory'),
+    'one class': (dict(label='one'), "source has the label 'x' alone; give samples of two classes"),
     'a column that is none': (dict(text='said'), "there is no column 'said'"),
     'no tokenizer': (
         dict(tokenizer='bert'),
@@ -461,7 +470,7 @@ TEXT_FAULTS = {
 @pytest.mark.parametrize('case', TEXT_FAULTS)
 def test_texts_refuse_what_has_no_use(case, words):
     options, message = TEXT_FAULTS[case]
-    source = pd.DataFrame(dict(text=TEXTS[0], label=TEXTS[1]))
+    source = pd.DataFrame(dict(text=TEXTS[0], label=TEXTS[1], one='x'))
     with pytest.raises((ValueError, TypeError), match=message):
         samples(source, **(dict(tokenizer=words()) | options))
 
@@ -590,6 +599,34 @@ def test_decisions_about_a_regression_are_numbers():
         apply_decisions(real, table)
 
 
+# labels that are counted from 1
+
+
+@pytest.mark.parametrize(
+    'source, options, told',
+    [
+        ((X, Y + 1), {}, r'labels are 1 to 3, so that 1 of 4 classes have no sample; use y - 1, or give classes='),
+        (TensorDataset(X, Y + 1), {}, 'use y - 1'),
+        ((X, Y * 2), {}, 'labels are 0 to 4, so that 2 of 5 classes have no sample; number them without gaps'),
+        ((X, Y + 1), dict(classes=list('abcd')), None),
+        ((X, Y), {}, None),
+        (Rows(lambda i: (X[i], 3 + i % 3), classes=list('abcdef')), {}, None),
+    ],
+    ids=lambda v: None,
+)
+def test_empty_classes_are_told_once(source, options, told):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        batches = samples(source, **options)
+        list(batches.eval_view()), batches.y
+    if told is None:
+        assert not found
+    else:
+        with pytest.raises(ValueError, match=told):
+            raise ValueError(str(found[0].message))
+        assert len(found) == 1 and found[0].category is UserWarning
+
+
 # parts and views
 
 PARTS = {
@@ -600,7 +637,12 @@ PARTS = {
         TypeError,
         "n is '20%'; give a number of samples, or a fraction",
     ),
-    'more than all': (lambda b: b.hold_out(1.5), TypeError, 'n is 1.5; give a number'),
+    'more than all': (lambda b: b.hold_out(1.5), ValueError, 'n is 1.5; a fraction lies between 0 and 1'),
+    'all': (lambda b: b.hold_out(1.0), ValueError, 'n is 1.0; a fraction lies between 0 and 1, such as 0.2: give'),
+    'NaN': (lambda b: b.hold_out(float('nan')), ValueError, 'n is nan; a fraction'),
+    'a fraction that is none': (lambda b: b.hold_out(0.01), ValueError, 'n is 0.01, which is 0 of 12 samples; give 1'),
+    'a fraction that is all': (lambda b: b.hold_out(0.99), ValueError, 'n is 0.99, which is 12 of 12 samples; give 1'),
+    'one sample': (lambda b: b.select([0]).hold_out(1), ValueError, 'n is 1, but there is one sample'),
     'seed': (lambda b: b.hold_out(3, seed=None), TypeError, 'seed is None'),
     'position too large': (
         lambda b: b.select([0, N]),
