@@ -249,7 +249,7 @@ def _held_out_share(share, total):
         )
     return round(share * total)
 
-
+# %% ../../nbs/02_data/14d_sample_batches.ipynb #a0c24478
 def _held_out_count(n, total):
     "How many samples to hold out; ValueError or TypeError for what is no number of them"
     if total < 2:

@@ -353,6 +353,35 @@ def test_folders_with_anything_else_are_refused(case, tmp_path):
             pass
 
 
+KINDS_OF_FILES = 'jpg', 'png', 'bmp', 'tif', 'webp', 'ppm'
+
+
+@pytest.mark.parametrize('kind', KINDS_OF_FILES)
+def test_a_file_that_is_cut_off_is_found_before_any_work(kind, tmp_path):
+    folder(tmp_path)
+    path = tmp_path / 'bee' / f'z.{kind}'
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    assert len(samples(tmp_path, size=6).y) == 5
+    path.write_bytes(path.read_bytes()[:-900])
+    with pytest.raises(ValueError, match=f'z.{kind}: the image cannot be read'):
+        samples(tmp_path, size=6)
+
+
+def test_a_film_behind_a_photograph_is_no_fault(tmp_path):
+    folder(tmp_path)
+    path = tmp_path / 'bee' / 'z.jpg'
+    Image.new('RGB', (6, 6)).save(path)
+    path.write_bytes(path.read_bytes() + bytes(5000))
+    assert len(samples(tmp_path).y) == 5
+
+
+@pytest.mark.parametrize('make', [animated, levels_unknown])
+def test_pictures_that_have_no_form_are_found_before_any_work(make, tmp_path):
+    with pytest.raises(ValueError, match='bee/z.*: the image cannot be read'):
+        samples(make(tmp_path), size=6)
+
+
 def test_the_cause_of_a_failed_sample_is_kept():
     batches = samples(Rows(lambda i: pair(i) if i != 8 else {}['x'], targets=Y.tolist()), batch_size=5)
     with pytest.raises(ValueError, match='position 8 cannot be read') as found:
