@@ -15,8 +15,10 @@ import torch
 # %% ../../nbs/02_data/14j_decisions.ipynb #e78bb13f
 from .images import ImageData
 from .sample_batches import SampleBatches
+from .sample_marks import MARKS, same_mark, sample_marks
 from .text_files import _columns, _is_missing
 from .texts import TextData
+from .written_labels import similar_columns
 
 # %% ../../nbs/02_data/14j_decisions.ipynb #edffa901
 DECISIONS = 'accept', 'relabel', 'drop'
@@ -33,18 +35,33 @@ def _read(decisions):
     elif not hasattr(decisions, 'columns'):
         raise TypeError(f'decisions is a {type(decisions).__name__}; give a CSV file, or a pandas DataFrame')
     columns, *_ = _columns(decisions, 'label')
+    if not len(columns):
+        raise ValueError('decisions is empty; leave it out, or export the decisions again')
     if missing := [name for name in _COLUMNS if name not in columns]:
+        hint = similar_columns(missing, columns)
         raise ValueError(
-            f'decisions has no column {missing[0]!r}, only {", ".join(map(str, columns))}; '
+            f'decisions has no column {missing[0]!r}, only {", ".join(map(str, columns))}{hint}; '
             f'it needs {", ".join(_COLUMNS)}'
         )
-    return {name: list(columns[name]) for name in _COLUMNS}
+    if not len(columns['index']):
+        raise ValueError('decisions has no rows; leave it out where nothing was decided')
+    return {name: list(columns[name]) for name in (*_COLUMNS, *MARKS) if name in columns}
+
+# %% ../../nbs/02_data/14j_decisions.ipynb #ffd87148
+def _check_there(value, where):
+    "ValueError for a missing label"
+    if _is_missing(value):
+        raise ValueError(
+            f"{where} is missing ({value!r}); fill it (pandas takes a name such as 'NA' for a missing one: read the "
+            f'file with keep_default_na=False, or give its path)'
+        )
 
 # %% ../../nbs/02_data/14j_decisions.ipynb #d0bb6abc
 def _label(value, classes, where):
     "A label as this data has it; ValueError for an unknown name, or for what is no number"
+    _check_there(value, where)
     if classes:
-        name = str(int(value)) if isinstance(value, float) and value == round(value) else str(value)
+        name = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
         if name not in classes:
             shown = ', '.join(classes[:10]) + (' …' if len(classes) > 10 else '')
             raise ValueError(f'{where}: {name!r} is no class of this data ({shown}); correct the name')
@@ -70,16 +87,16 @@ def _whole(value, where):
     "The index of a row"
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if number != number or number != round(number):
+    if not number.is_integer():
         raise ValueError(f'{where}: index is {value!r}; give the whole number of the sample')
     return int(number)
 
 # %% ../../nbs/02_data/14j_decisions.ipynb #160dafe8
 def _check_row(row, now, classes, where):
     "The new label, or None to drop the sample; ValueError for a row that does not fit"
-    decision, given, label = (row[name] for name in _COLUMNS[1:])
+    decision, given, label = (row[name] for name in _COLUMNS[1:4])
     if decision not in DECISIONS:
         raise ValueError(f'{where}: decision is {decision!r}; use one of {", ".join(DECISIONS)}')
     if not _same(_label(given, classes, f'{where}: given'), now):
@@ -99,21 +116,65 @@ def _check_row(row, now, classes, where):
         )
     return None if decision == 'drop' else now
 
-# %% ../../nbs/02_data/14j_decisions.ipynb #3a3372aa
-def _new_labels(decisions, index, y, classes):
-    "(n,) labels, and (n,) bool of the samples that stay; ValueError with the row of the first fault"
-    columns, place = _read(decisions), {int(i): k for k, i in enumerate(index.tolist())}
-    y, keep, seen = y.clone(), torch.ones(len(y), dtype=torch.bool), {}
-    for r in range(len(columns['index'])):
-        row, where = {name: columns[name][r] for name in _COLUMNS}, f'decisions: row {r}'
-        i = _whole(row['index'], where)
-        where += f' (index {i})'
-        if i not in place:
-            raise ValueError(f'{where}: no sample has this index; give decisions about this data')
+# %% ../../nbs/02_data/14j_decisions.ipynb #a46b8d4b
+_UNCHECKED = 'decide again, or remove the column to apply the decisions without this check'
+
+
+def _mark_column(data, columns):
+    "The column that names the samples, or None; ValueError where this data has no such names"
+    there = [name for name in MARKS if not all(map(_is_missing, columns.get(name, ())))]
+    known = sample_marks(data, data.index[:1].tolist()) if there else None
+    if not there or (known is not None and known[0] in there):
+        return known[0] if there else None
+    has = 'its samples change, or cannot be compared' if known is None else f'it has {known[0]!r}'
+    raise ValueError(
+        f'decisions names samples by the column {there[0]!r}, which this data does not have ({has}): they belong to '
+        f'other data; {_UNCHECKED}'
+    )
+
+# %% ../../nbs/02_data/14j_decisions.ipynb #88d14017
+def _check_marks(data, columns, index):
+    "ValueError for the first row that was decided about another sample"
+    column = _mark_column(data, columns)
+    if column is None:
+        return
+    for r, (i, found, mark) in enumerate(zip(index, columns[column], sample_marks(data, index)[1])):
+        if _is_missing(found) or not same_mark(column, found, mark):
+            said = 'no ' + column if _is_missing(found) else f'{column} {found!r}'
+            remedy = 'put the files back as they were, or ' if column == 'path' else ''
+            raise ValueError(
+                f'decisions: row {r} (index {i}) is about {said}, but the sample with this index now is {mark!r}: the '
+                f'data have changed since; {remedy}{_UNCHECKED}'
+            )
+
+# %% ../../nbs/02_data/14j_decisions.ipynb #73ac512d
+def _indices(columns, known):
+    "The index of each row; ValueError for one that is no sample, or comes twice"
+    seen = {}
+    for r, value in enumerate(columns['index']):
+        i = _whole(value, f'decisions: row {r}')
+        if i not in known:
+            raise ValueError(
+                f'decisions: row {r} (index {i}): no sample has this index; give decisions about this data'
+            )
         if i in seen:
-            raise ValueError(f'{where}: the index stands in row {seen[i]} too; keep one decision per sample')
-        k, seen[i] = place[i], r
-        new = _check_row(row, y[k].item(), classes, where)
+            raise ValueError(
+                f'decisions: row {r} (index {i}): the index stands in row {seen[i]} too; keep one decision per sample'
+            )
+        seen[i] = r
+    return list(seen)
+
+# %% ../../nbs/02_data/14j_decisions.ipynb #3a3372aa
+def _new_labels(decisions, data):
+    "(n,) labels, and (n,) bool of the samples that stay; ValueError with the row of the first fault"
+    columns, place = _read(decisions), {int(i): k for k, i in enumerate(data.index.tolist())}
+    index = _indices(columns, place)
+    _check_marks(data, columns, index)
+    y = data.y.cpu().clone()
+    keep = torch.ones(len(y), dtype=torch.bool)
+    for r, i in enumerate(index):
+        row, k = {name: columns[name][r] for name in _COLUMNS}, place[i]
+        new = _check_row(row, y[k].item(), data.classes, f'decisions: row {r} (index {i})')
         keep[k] = new is not None
         y[k] = y[k] if new is None else new
     if not keep.any():
@@ -123,14 +184,14 @@ def _new_labels(decisions, index, y, classes):
 # %% ../../nbs/02_data/14j_decisions.ipynb #9be566cb
 def apply_decisions(
     data,  # `ImageData`, `TextData` or `SampleBatches`
-    decisions,  # CSV file or DataFrame with the columns index, decision, given, label
+    decisions,  # CSV file or DataFrame with the columns index, decision, given, label, and path or sample
 ):  # data of the same type: dropped samples are gone, the labels of relabelled ones are new
     "Data after the decisions of a person; ValueError that names the row where one does not fit the data"
     if not isinstance(data, (ImageData, TextData, SampleBatches)):
         raise TypeError(
             f'data is a {type(data).__name__}; give ImageData, TextData, or what samples() returns'
         )
-    y, keep = _new_labels(decisions, data.index.cpu(), data.y.cpu(), data.classes)
+    y, keep = _new_labels(decisions, data)
     kept = data.select(keep.nonzero()[:, 0])
     y = y[keep].to(kept.y.device)
     if not isinstance(kept, SampleBatches):

@@ -16,8 +16,9 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 # %% ../../nbs/02_data/14e_given_datasets.ipynb #b5148499
 from .sample_batches import SampleBatches
-from .sample_labels import tensor_labels
+from .sample_labels import check_gaps, tensor_labels
 from .sample_sources import Loader, named_batch, SampleSource, TensorRows
+from .written_labels import check_class_names
 from ..foundation.reprs import short_value
 
 # %% ../../nbs/02_data/14e_given_datasets.ipynb #5579f0ec
@@ -126,6 +127,8 @@ def array_source(
         raise ValueError(f'{name}: {len(x)} inputs and {len(y)} labels; give one label per input')
     if not len(y):
         raise ValueError(f'{name} is empty; give at least one sample')
+    if classes is None:
+        check_gaps(name, y.cpu())
     source = SampleSource(
         TensorRows(x=x), torch.arange(len(y)), y.cpu(), found, name, labels_in_samples=False
     )
@@ -247,10 +250,13 @@ def dataset_source(
     source = lazy_source(name, dataset, loader, label)
     given, index = _labels_and_index(source, loader)
     source.index = _own_index(name, index, len(dataset))
-    source.y, source.classes = tensor_labels(
-        name, given, _listed_classes(dataset) if classes is None else classes
-    )
+    listed = _listed_classes(dataset) if classes is None else None
+    if listed is not None:
+        check_class_names(name, listed)
+    source.y, source.classes = tensor_labels(name, given, listed if classes is None else classes)
     source.y = source.y.cpu()
+    if classes is None and listed is None:
+        check_gaps(name, source.y)
     _check_eval_labels(source, loader)
     return source
 

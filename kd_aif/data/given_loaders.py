@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 # %% ../../nbs/02_data/14f_given_loaders.ipynb #2877b48d
 from .given_datasets import check_map_style, lazy_source
 from .sample_batches import SampleBatches
-from .sample_sources import drawn, Loader
+from .sample_sources import drawn, Loader, read_sample
 from .text_batches import TextBatches
 from ..foundation.batches import eval_view
 
@@ -92,7 +92,7 @@ def _first_sample(name, loader, key):
         sample = next(iter(dataset), None)
     else:
         check_map_style(f'{name}.dataset', dataset)
-        sample = dataset[0]
+        sample = read_sample(dataset, 0)
     if isinstance(sample, Mapping) and key in sample:
         return sample
     return sample if sample is None or loader.batch_size is None else loader.collate_fn([sample])

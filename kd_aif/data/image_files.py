@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['open_image', 'image_size', 'check_image_size', 'resized', 'image_tensor', 'tensor_picture', 'ImageRows',
-           'check_images']
+           'check_image', 'check_images']
 
 # %% ../../nbs/02_data/14g_image_files.ipynb #292ceb70
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 
 import numpy as np
@@ -143,6 +144,8 @@ def tensor_picture(
 class ImageRows:
     "Pictures by position"
 
+    names_samples = True  # its errors say which picture
+
     def __init__(
         self,
         contents: list,  # what `open_image` takes
@@ -168,18 +171,57 @@ def picture(
 @patch
 def __getitem__(self: ImageRows, i):
     picture = self.picture(i)
-    made = picture if self.transform is None else self.transform(picture)
+    try:
+        made = picture if self.transform is None else self.transform(picture)
+    except Exception as e:
+        raise ValueError(
+            f'{self.names[i]}: transform fails ({type(e).__name__}: {e!s:.200}); correct it'
+        ) from e
     return dict(x=image_tensor(made, self.names[i]))
 
 # %% ../../nbs/02_data/14g_image_files.ipynb #4ec4435c
+_END_MARKS = dict(PNG=b'IEND', JPEG=b'\xff\xd9')
+
+
+def _last_bytes(content, n=1024):
+    "The end of a file or of encoded bytes; empty for a picture of Pillow"
+    if isinstance(content, dict):
+        content = content.get('bytes') or content.get('path')
+    if isinstance(content, bytes):
+        return content[-n:]
+    if not isinstance(content, (str, os.PathLike)):
+        return b''
+    with open(content, 'rb') as f:
+        f.seek(max(0, os.path.getsize(content) - n))
+        return f.read()
+
+# %% ../../nbs/02_data/14g_image_files.ipynb #d9170ba0
+def _checked_size(content, image):
+    "The size of a picture that can be read; raises whatever Pillow does, or ValueError, for others"
+    size, mark = _upright_size(image), _END_MARKS.get(image.format)
+    if getattr(image, 'n_frames', 1) > 1 or image.mode in ('I', 'F'):
+        _as_rgb(image)
+    elif mark is None or mark not in _last_bytes(content):
+        image.load()
+    return size
+
+
+def check_image(
+    content,  # as for `open_image`
+    where: str = 'image',  # what it is called in messages
+) -> tuple:  # (height, width) as a person sees it
+    "The size of a picture that is whole; ValueError for one that is cut off, and as `open_image`"
+    return _asked(content, where, partial(_checked_size, content))
+
+# %% ../../nbs/02_data/14g_image_files.ipynb #f115a4fd
 def check_images(
     rows: ImageRows,  # the pictures
     where: str,  # what holds them, for messages
     any_size: bool = False,  # a transform makes one size of them
 ) -> None:
-    "Every picture can be opened, and all have one size unless they get one; ValueError"
+    "Every picture is whole and can be opened, and all have one size unless they get one; ValueError"
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        sizes = list(pool.map(image_size, rows.contents, rows.names))
+        sizes = list(pool.map(check_image, rows.contents, rows.names))
     if rows.size is not None or any_size or len(set(sizes)) == 1:
         return
     (h, w), (h2, w2) = min(sizes), max(sizes)

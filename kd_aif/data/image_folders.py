@@ -17,8 +17,9 @@ from torch import Tensor
 # %% ../../nbs/02_data/14h_image_folders.ipynb #2fa5cbc8
 from .given_datasets import transform_pair
 from .image_files import check_image_size, check_images, ImageRows
-from .sample_labels import check_class_names, check_classes
+from .sample_labels import check_classes
 from .sample_sources import SampleSource
+from .written_labels import check_class_names
 
 # %% ../../nbs/02_data/14h_image_folders.ipynb #2b696111
 IMAGE_SUFFIXES = '.png', '.jpg', '.jpeg', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm'
@@ -159,4 +160,5 @@ def folder_source(
     check_image_size(size)
     files, *labels = folder_files(root, classes)
     paths = [str(f) for f in files]
-    return image_source(str(root), ImageRows(paths, paths, size), tuple(labels), transform, paths)
+    source = image_source(str(root), ImageRows(paths, paths, size), tuple(labels), transform, paths)
+    return replace(source, paths=[f.relative_to(root).as_posix() for f in files])

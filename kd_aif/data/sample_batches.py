@@ -236,10 +236,26 @@ def select(
     return new
 
 # %% ../../nbs/02_data/14d_sample_batches.ipynb #931b5171
+def _held_out_share(share, total):
+    "How many samples a fraction means; ValueError for all of them, and for none"
+    if not 0 < share < 1:
+        raise ValueError(
+            f'n is {share!r}; a fraction lies between 0 and 1, such as 0.2: give one, or a whole number of samples'
+        )
+    if not 0 < round(share * total) < total:
+        raise ValueError(
+            f'n is {share!r}, which is {round(share * total)} of {total} samples; give 1 to {total - 1} samples, or '
+            f'another fraction'
+        )
+    return round(share * total)
+
+# %% ../../nbs/02_data/14d_sample_batches.ipynb #a0c24478
 def _held_out_count(n, total):
     "How many samples to hold out; ValueError or TypeError for what is no number of them"
-    if isinstance(n, float) and 0 < n < 1:
-        n = round(n * total)
+    if total < 2:
+        raise ValueError(f'n is {n!r}, but there is one sample; give two or more to hold one out')
+    if isinstance(n, float):
+        n = _held_out_share(n, total)
     if not isinstance(n, Integral) or isinstance(n, bool):
         raise TypeError(f'n is {n!r}; give a number of samples, or a fraction such as 0.2')
     return check_whole(

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SHOWN_NUMBERS', 'PIECE', 'SampleView', 'tensor_image', 'sample_views', 'class_names', 'check_names',
-           'given_labels', 'label_text', 'view_texts']
+           'given_labels', 'label_text', 'plain_text', 'view_texts', 'indexed_table']
 
 # %% ../../nbs/02_data/13b_sample_views.ipynb #4a513409
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
@@ -225,6 +227,13 @@ def label_text(
         return classes[int(label)]
     return f'{label:.6g}' if isinstance(label, float) else str(label)
 
+# %% ../../nbs/02_data/13b_sample_views.ipynb #fca5566c
+def plain_text(
+    text: str,  # any text
+) -> str:  # text that UTF-8 can write
+    "A text with the replacement character for each lone surrogate, as browsers do it"
+    return re.sub('[\ud800-\udfff]', '\ufffd', text)
+
 # %% ../../nbs/02_data/13b_sample_views.ipynb #4b438ea0
 PIECE = 256  # views in memory at a time
 
@@ -241,6 +250,22 @@ def view_texts(
     index, found = _whole_numbers(index), dict(text=[], path=[])
     for start in range(0, len(index), PIECE):
         for view in sample_views(batches, index[start : start + PIECE]):
-            found['text'].append(view.text if view.kind == 'text' else '')
-            found['path'].append(view.path)
+            found['text'].append(plain_text(view.text) if view.kind == 'text' else '')
+            found['path'].append(plain_text(view.path))
     return {name: values for name, values in found.items() if any(values)}
+
+# %% ../../nbs/02_data/13b_sample_views.ipynb #3392e161
+def indexed_table(
+    table: pd.DataFrame,  # one row for each sample
+    name: str = 'source',  # of the argument, for messages
+) -> pd.DataFrame:  # its index is the stable index of the samples
+    "A table by stable index: that of the column 'index' where there is one; ValueError for what is no index"
+    if 'index' not in table.columns or not len(table):
+        return table
+    values = table['index']
+    if not pd.api.types.is_integer_dtype(values):
+        raise ValueError(
+            f"{name}: the column 'index' is {values.dtype}; give the stable indices of the samples, whole numbers, or "
+            f'remove the column'
+        )
+    return table.set_index('index')

@@ -31,7 +31,7 @@ from .images import ImageData
 from .loaders import ImageBatches
 from .sample_batches import SampleBatches
 from .sample_labels import check_classes
-from .sample_sources import drawn, Loader, named_batch
+from .sample_sources import drawn, Loader, named_batch, read_sample
 from .tables import is_hub_dataset, table_source
 from .text_batches import TextBatches
 from .text_files import read_texts
@@ -79,6 +79,7 @@ def _text_samples(source, arguments, options):
         data = source
     else:
         data = read_texts(source, arguments['text'], arguments['label'] or 'label', arguments['classes'])
+        _check_two_classes(data, arguments['classes'])
     if arguments['decisions'] is not None:
         data = apply_decisions(data, arguments['decisions'])
     sizes = dict(batch_size=loader.batch_size, shuffle=loader.shuffle, seed=loader.seed)
@@ -100,7 +101,7 @@ def _holds_pictures(dataset, label):
     "Whether the first sample is a picture of Pillow"
     if not hasattr(dataset, '__getitem__') or not hasattr(dataset, '__len__') or not len(dataset):
         return False
-    sample = drawn(lambda: dataset[0], 0, 'look')
+    sample = drawn(lambda: read_sample(dataset, 0), 0, 'look')
     if not isinstance(sample, (tuple, list, Mapping)):
         return False
     return hasattr(named_batch('source', sample, label).get('x'), 'convert')
@@ -111,7 +112,7 @@ _THUMBNAIL = PictureTensors((2, 2))
 
 def _show_picture(dataset, label, size, position):
     "What a person sees of a picture"
-    picture = named_batch('source', dataset[position], label)['x']
+    picture = named_batch('source', read_sample(dataset, position), label)['x']
     return dict(kind='image', image=resized(open_image(picture), size))
 
 
@@ -215,6 +216,22 @@ def _given_samples(source, loader, arguments):
         return _pair_samples(source, loader, arguments)
     return _dataset_samples(source, loader, arguments)
 
+# %% ../../nbs/02_data/14_samples.ipynb #4dd18548
+def _check_two_classes(batches, classes):
+    "ValueError where all samples have one label, and nothing says that there are other classes"
+    alone = len(batches.classes) == 1 or (len(batches.y.unique()) == 1 and _counted(batches.classes))
+    if classes is None and batches.classes and alone:
+        name = batches.classes[int(batches.y[0])]
+        raise ValueError(
+            f'source has the label {name!r} alone; give samples of two classes or more, or all names by classes=(...) '
+            f'if others are missing here'
+        )
+    return batches
+
+
+def _counted(classes):
+    return classes == tuple(map(str, range(len(classes))))
+
 # %% ../../nbs/02_data/14_samples.ipynb #af1cd906
 def samples(
     source,  # data set, DataLoader, (X, y), folder of class folders, table file, DataFrame, `datasets.Dataset`
@@ -238,5 +255,5 @@ def samples(
     loader = Loader()
     if isinstance(source, DataLoader):
         source, loader = source.dataset, loader_settings('source', source)
-    batches = _given_samples(source, _loader(options, loader), arguments)
+    batches = _check_two_classes(_given_samples(source, _loader(options, loader), arguments), classes)
     return batches if decisions is None else apply_decisions(batches, decisions)

@@ -6,7 +6,7 @@
 __all__ = ['Table', 'is_hub_dataset', 'read_table', 'label_column', 'table_source']
 
 # %% ../../nbs/02_data/14i_tables.ipynb #906d07a3
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -21,6 +21,7 @@ from .image_folders import image_source, IMAGE_SUFFIXES
 from .sample_labels import column_labels
 from .sample_sources import LABEL_NAMES, SampleSource, TensorRows
 from .text_files import _columns, _is_missing
+from .written_labels import has_decimal_comma, similar_columns
 
 # %% ../../nbs/02_data/14i_tables.ipynb #d1d2dff5
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,12 +91,16 @@ def label_column(
     columns = ', '.join(map(str, table.columns))
     if label is not None:
         if label not in table.columns:
-            raise ValueError(f'label={label!r}: {table.name} has no such column, only {columns}')
+            hint = similar_columns([label], table.columns)
+            raise ValueError(f'label={label!r}: {table.name} has no such column, only {columns}{hint}')
         return label
     found = [name for name in LABEL_NAMES if name in table.columns]
     if len(found) != 1:
         what = 'no column with a usual name' if not found else f'two columns of labels, {" and ".join(found)}'
-        raise ValueError(f"{table.name} has {what} among {columns}; name the column of labels by label='...'")
+        hint = '' if found else similar_columns(LABEL_NAMES, table.columns)
+        raise ValueError(
+            f"{table.name} has {what} among {columns}{hint}; name the column of labels by label='...'"
+        )
     return found[0]
 
 # %% ../../nbs/02_data/14i_tables.ipynb #b31a6d21
@@ -157,7 +162,7 @@ def _row_numbers(values):
             and first in (0, 1)
             and [float(v) for v in values] == list(range(first, first + len(values)))
         )
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 # %% ../../nbs/02_data/14i_tables.ipynb #a5ae44f4
@@ -165,6 +170,11 @@ def _check_numbers(table, kinds):
     "ValueError where the columns beside the label are not all numbers, or count the rows"
     if not kinds:
         raise ValueError(f'{table.name} has no column beside the label; add the inputs')
+    if comma := [name for name in kinds if has_decimal_comma(table.columns[name])]:
+        raise ValueError(
+            f'{table.name}: column {comma[0]!r} holds numbers with a decimal comma; write them with a point, or give '
+            f"pandas.read_csv(..., sep=';', decimal=',')"
+        )
     if texts := [name for name, kind in kinds.items() if kind == 'text']:
         raise ValueError(
             f'{table.name}: column {texts[0]!r} holds text, such as {_first_text(table.columns[texts[0]])!r:.60}; '
@@ -259,7 +269,8 @@ def _picture_source(table, name, labels, size, transform):
     "A table of pictures or of their paths"
     contents, where = _contents(table, name)
     paths = [c if isinstance(c, str) else '' for c in contents]
-    return image_source(table.name, ImageRows(contents, where, size), labels, transform, paths)
+    source = image_source(table.name, ImageRows(contents, where, size), labels, transform, paths)
+    return replace(source, paths=list(map(str, table.columns[name]))) if all(paths) else source
 
 
 def _check_kinds(table, names, kinds, size):

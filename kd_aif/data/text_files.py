@@ -21,12 +21,30 @@ import torch
 from .images import content_hash
 from .sources import _bars_of_datasets
 from .texts import TextData
+from .written_labels import check_class_names, is_real, label_numbers, similar_columns, whole_name
 
 # %% ../../nbs/02_data/10_text_files.ipynb #effea2fd
+def _header(f, delimiter):
+    "The first row of an open file; empty where it does not fit the separator"
+    f.seek(0)
+    try:
+        return next((row for row in csv.reader(f, delimiter=delimiter, strict=True) if row), [])
+    except csv.Error:
+        return []
+
+
+def _separator(f, usual):
+    "The separator of an open file: the usual one, or the first other one that makes several columns of the header"
+    fits = [d for d in (usual, ',', ';', '\t') if len(_header(f, d)) > 1]
+    f.seek(0)
+    return fits[0] if fits else usual
+
+# %% ../../nbs/02_data/10_text_files.ipynb #ff80577c
 def _delimited(path, delimiter):
-    "Columns of a file of comma- or tab-separated values with a header"
+    "Columns of a file of separated values with a header"
     try:
         with open(path, encoding='utf-8-sig', newline='') as f:
+            delimiter = _separator(f, delimiter)
             rows = [row for row in csv.reader(f, delimiter=delimiter, strict=True) if row]
     except (csv.Error, UnicodeDecodeError) as e:
         raise ValueError(
@@ -197,6 +215,8 @@ def _text_columns(text, label, columns):
     missing = [n for n in (*names, label) if n not in columns]
     if missing or len(names) not in (1, 2):
         what = f'there is no column {missing[0]!r}' if missing else f'text={text!r} does not name the texts'
+        looked_for = [label, *names] + [name for usual in _usual if text is None for name in usual]
+        what += similar_columns(looked_for, columns)
         raise ValueError(
             f"{what}; the columns are {', '.join(map(str, columns))}: give text='COLUMN' or "
             "text=('FIRST', 'SECOND'), and label='COLUMN'"
@@ -239,37 +259,22 @@ def _check_values(values, has_names):
             f"{missing[0]}; fill them or leave these rows out (the public test sets of GLUE have no labels)"
         )
 
-# %% ../../nbs/02_data/10_text_files.ipynb #9dd3f10e
-def _as_numbers(values):
-    "(n,) float64, or None when one of the values is no number; ValueError for one that is not finite"
-    if any(isinstance(v, (bool, np.bool_)) for v in values):
-        return None
-    try:
-        numbers = np.array(list(map(float, values)), dtype=np.float64)
-    except ValueError:
-        return None
-    if not np.isfinite(numbers).all():
-        first = int(np.flatnonzero(~np.isfinite(numbers))[0])
-        raise ValueError(
-            f"row {first}: label {values[first]!r} is not finite; correct it or leave the row out"
-        )
-    return numbers
-
 # %% ../../nbs/02_data/10_text_files.ipynb #8fe9718b
 def _name(value):
-    whole = isinstance(value, Real) and not isinstance(value, bool) and value == round(value)
+    whole = isinstance(value, Real) and not isinstance(value, bool) and value == value // 1
     return str(int(value)) if whole else str(value)
 
 # %% ../../nbs/02_data/10_text_files.ipynb #273cc5f4
 def _given_classes(values, classes):
     "Labels by name, else by number; ValueError with the value and the row of the first that is neither"
-    names, numbers = tuple(map(_name, classes)), _as_numbers(values)
+    names = tuple(map(_name, classes))
     if isinstance(classes, str) or len(set(names)) < len(names):
         raise ValueError(f"classes={classes!r}; give a list of different names")
     place, found = {name: k for k, name in enumerate(names)}, list(map(_name, values))
-    if numbers is not None and not set(found) <= set(place):
-        found = list(map(_name, numbers))  # '1.0' in a file
-        if _as_numbers(names) is None:
+    numbers = list(map(whole_name, found))  # '1.0' in a file
+    if None not in numbers and not set(found) <= set(place):
+        found = numbers
+        if not all(map(is_real, names)):
             by_number = {str(k): name for k, name in enumerate(names)}
             found = [by_number.get(v, v) for v in found]
     for i, name in enumerate(found):
@@ -285,17 +290,18 @@ def _labels(values, hub_names, classes):
     _check_values(values, bool(hub_names))
     if hub_names:
         values, classes = [hub_names[v] for v in values], hub_names if classes is None else classes
-    numbers = None if classes else _as_numbers(values)
+    numbers = None if classes else label_numbers(values, regression=classes is not None)
     if classes is not None and not len(classes) and numbers is None:
         raise ValueError("classes=() asks for a regression, but the labels are names; leave classes out")
     if classes:
         return _given_classes(values, classes)
     if numbers is None:
         return _given_classes(values, sorted(set(map(_name, values))))
-    if classes is not None or (numbers != numbers.round()).any():
-        return torch.from_numpy(numbers.astype(np.float32)), ()
-    found, y = np.unique(numbers, return_inverse=True)
-    return torch.from_numpy(y.astype(np.int64)), tuple(map(_name, found))
+    if classes is not None or any(n != int(n) for n in numbers):
+        return torch.from_numpy(np.array(numbers, dtype=np.float64).astype(np.float32)), ()
+    found = sorted(set(numbers))
+    place = {number: k for k, number in enumerate(found)}
+    return torch.tensor([place[n] for n in numbers], dtype=torch.int64), tuple(map(_name, found))
 
 # %% ../../nbs/02_data/10_text_files.ipynb #e2a8c0e6
 def read_texts(
@@ -312,5 +318,7 @@ def read_texts(
     if not columns[label]:
         raise ValueError(f"source has no rows; give at least one text ({name or stem})")
     texts, (y, known) = _texts(columns, found), _labels(columns[label], names.get(label), classes)
+    if classes is None:
+        check_class_names(f'column {label!r}', known)
     index, fingerprint = torch.arange(len(y)), content_hash(texts, y, known)
     return TextData(texts, y, index, y, known, name or stem, split, fingerprint, columns=found)

@@ -8,6 +8,8 @@ __all__ = ['ScoreSettings', 'score_source', 'write_scored', 'kd_aif_score']
 # %% ../../nbs/10_experiments/19d_score_command.ipynb #4743ffc8
 import argparse
 import json
+import re
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -68,6 +70,87 @@ def _check_numbers(settings):
     check_seed(settings.seed)
     if settings.lr is not None:
         check_positive('lr', settings.lr)
+
+# %% ../../nbs/10_experiments/19d_score_command.ipynb #ef304994
+def _first_given(settings, *names):
+    "The first of some options that was given, or None"
+    return next((name for name in names if getattr(settings, name) not in (None, 0)), None)
+
+
+def _check_sample_data(settings):
+    "Raise `ValueError` for options that the sample data have no use for"
+    if Path('digits').exists():
+        raise ValueError(
+            "digits is the name of the sample data, and there is a folder or file 'digits' here; write ./digits for "
+            'it, or run the command elsewhere'
+        )
+    if name := _first_given(settings, 'decisions', 'val', 'label', 'text', 'size', 'workers'):
+        raise ValueError(
+            f'--{name} is given without a source, and the sample data have no use for it; name your folder or '
+            'file first'
+        )
+
+# %% ../../nbs/10_experiments/19d_score_command.ipynb #af058b9e
+def _check_paths(settings):
+    "Raise `ValueError` or `FileNotFoundError` for paths that are not there, or the same"
+    for option, path in (
+        ('source', settings.source),
+        ('--val', settings.val),
+        ('--decisions', settings.decisions),
+    ):
+        if path is not None and not Path(path).exists():
+            raise FileNotFoundError(f'{option} is {path!r}, which does not exist; correct the path')
+    source, out = (Path(p).resolve() for p in (settings.source, Path(settings.out).expanduser()))
+    if settings.val is not None and Path(settings.val).resolve() == source:
+        raise ValueError(
+            f'--val is {settings.val!r}, the source itself; give other samples, whose labels are good, or leave it out'
+        )
+    if source.is_dir() and source in (out, *out.parents):
+        raise ValueError(f'--out is {settings.out!r}, within the source; give a folder outside of it')
+
+# %% ../../nbs/10_experiments/19d_score_command.ipynb #37d9b4fa
+def _check_options(settings):
+    "Raise `ValueError` for options that do not go together, before anything is read"
+    if settings.source == 'digits':
+        return _check_sample_data(settings)
+    _check_paths(settings)
+    sources = [path for path in (settings.source, settings.val) if path is not None]
+    folders = [path for path in sources if Path(path).is_dir()]
+    if settings.text is not None and folders:
+        raise ValueError(
+            f'--text names a column of a file, but {folders[0]!r} is a folder of class folders; give a file, or leave '
+            'it out'
+        )
+    if settings.label is not None and len(folders) == len(sources):
+        raise ValueError(
+            f'--label names a column of a file, but {folders[0]!r} is a folder, whose subfolders are the labels; leave '
+            'it out'
+        )
+    if settings.text is not None and (name := _first_given(settings, 'size', 'workers')):
+        raise ValueError(f'--{name} is for pictures, but --text asks for texts; leave one of them out')
+
+# %% ../../nbs/10_experiments/19d_score_command.ipynb #f1869601
+_OPTION_WORDS = (
+    (
+        r"text='(.*)' and tokenizer= for texts, or name .*$",
+        r'--text \1, or leave that column out of the file',
+    ),
+    (r"label='\.\.\.'", '--label NAME'),
+    (r'size=, such as .*$', '--size, such as --size 64'),
+    (r'name the columns of inputs by inputs=.*$', 'leave it out of the file'),
+)
+
+
+@contextmanager
+def _option_words():
+    "Errors in the words of the command line"
+    try:
+        yield
+    except ValueError as e:
+        message = str(e)
+        for pattern, words in _OPTION_WORDS:
+            message = re.sub(pattern, words, message)
+        raise ValueError(message) from e
 
 # %% ../../nbs/10_experiments/19d_score_command.ipynb #e0acd843
 def _sample_data(settings):
@@ -149,8 +232,10 @@ def score_source(
     settings: ScoreSettings,  # what is read and how
 ) -> ScoredSamples:  # what was found
     "Read, train, score; raises `ValueError`/`TypeError` as `samples`, `distill` and `score_out_of_fold` do"
+    _check_options(settings)
     tokenizer = load_tokenizer(settings.model or 'minilm') if settings.text else None
-    train, val = _both_sets(settings, tokenizer)
+    with _option_words():
+        train, val = _both_sets(settings, tokenizer)
     print(f'training samples: {train}\nlabels taken as good: {val}')
     objective = Objective() if _classes(train) else regression_objective()
     fit = _fit(settings, train, val, objective)

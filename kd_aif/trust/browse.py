@@ -22,7 +22,8 @@ from jinja2 import Environment
 # %% ../../nbs/08b_trust/11_browse.ipynb #3cb3c375
 from ..data.images import content_hash
 from ..data.sample_galleries import thumbnail, thumbnail_type
-from ..data.sample_views import check_names, class_names, PIECE, sample_views
+from ..data.sample_marks import path_mark, sample_marks, text_mark
+from ..data.sample_views import check_names, class_names, indexed_table, PIECE, sample_views
 from ..foundation.checks import check_instance
 from ..foundation.core import atomic_write, check_whole
 
@@ -105,33 +106,47 @@ class _Shown:
     sizes: list  # characters of each; 0 where there is no picture
     texts: list  # texts, or the first numbers of a row
     paths: list  # files
+    marks: tuple  # column of the decisions that identifies the samples, and its values; None: there is none
 
     @property
     def data(self):
         "What the script reads of it"
         kind = 'image' if any(self.sizes) else 'text'
-        return dict(kind=kind, sizes=self.sizes, text=self.texts, path=self.paths)
+        known = dict(mark=self.marks and self.marks[0], marks=self.marks and self.marks[1])
+        return known | dict(kind=kind, sizes=self.sizes, text=self.texts, path=self.paths)
+
+# %% ../../nbs/08b_trust/11_browse.ipynb #893e0560
+def _marks(batches, table):
+    "(column, one mark for each row), or None where nothing identifies the samples"
+    if batches is not None:
+        return sample_marks(batches, table.index.tolist())
+    paths = _words(table, 'path')
+    if all(paths):
+        return 'path', list(map(path_mark, paths))
+    texts = table['text'].tolist() if 'text' in table else ['']
+    return ('sample', list(map(text_mark, texts))) if all(isinstance(t, str) and t for t in texts) else None
 
 # %% ../../nbs/08b_trust/11_browse.ipynb #6cd8adb0
 def _shown(batches, table, size, quality):
     "`_Shown` of the samples in the order of the table"
     texts, paths = _words(table, 'text'), _words(table, 'path')
     if batches is None:
-        return _Shown('', [0] * len(table), texts, paths)
+        return _Shown('', [0] * len(table), texts, paths, _marks(None, table))
     packed, index = [], table.index.tolist()
     for start in range(0, len(index), PIECE):
         for k, view in enumerate(sample_views(batches, index[start : start + PIECE]), start):
             picture = b'' if view.image is None else thumbnail(view.image, size, quality)
             packed.append(base64.b64encode(picture).decode())
             texts[k], paths[k] = texts[k] or view.text, paths[k] or view.path
-    return _Shown(''.join(packed), list(map(len, packed)), texts, paths)
+    return _Shown(''.join(packed), list(map(len, packed)), texts, paths, _marks(batches, table))
 
 # %% ../../nbs/08b_trust/11_browse.ipynb #c1b4a047
-def _check_table(table):
-    "Raise `TypeError` or `ValueError` for what is no table of samples"
+def _checked_table(table):
+    "The table by stable index; raises `TypeError` or `ValueError` for what is no table of samples"
     check_instance(
         'source', table, pd.DataFrame, 'give a run, scored samples, or a table that sample_table made'
     )
+    table = indexed_table(table)
     if missing := [name for name in ('given', 'predicted') if name not in table]:
         raise ValueError(
             f"source: the table has no column {missing[0]!r}, only {', '.join(map(str, table))}; use sample_table"
@@ -145,6 +160,7 @@ def _check_table(table):
     if not table.index.is_unique:
         twice = table.index[table.index.duplicated()][0]
         raise ValueError(f'source: the index {twice} comes more than once; give one row for each sample')
+    return table
 
 # %% ../../nbs/08b_trust/11_browse.ipynb #7941a2c5
 LIMIT = 400_000_000  # bytes of a page
@@ -182,7 +198,7 @@ def _page(title, data, packed):
 
 # %% ../../nbs/08b_trust/11_browse.ipynb #80fa9605
 def _page_data(table, names):
-    "What the script reads, pictures and texts left out"
+    "What the script reads, pictures and texts left out; the key is that of the rows"
     index = [str(i) for i in table.index]
     given, predicted = (_positions(table[c], names, c) for c in ('given', 'predicted'))
     columns = {name: _numbers(table, name) for name in NUMBERS}
@@ -208,7 +224,7 @@ def _table_and_batches(source):
 
 # %% ../../nbs/08b_trust/11_browse.ipynb #f34a8861
 def browse_page(
-    source,  # a run, scored samples, or a table that `sample_table` made; its rows may be filtered
+    source,  # a run, scored samples, or a table that `sample_table` made, filtered or read from a file
     batches: Iterable | None = None,  # where pictures and texts are; default those of the source
     path: str | Path = 'samples.html',  # the file to write
     *,
@@ -222,9 +238,10 @@ def browse_page(
     for what is no table, samples that are not in the batches, labels that are no classes, and pages above the limit."""
     _check_options(path, title, classes, size, quality, limit)
     table, known = _table_and_batches(source)
-    _check_table(table)
+    table = _checked_table(table)
     batches = known if batches is None else batches
     data = _page_data(table, _class_list(table, classes or class_names(batches)))
     shown = _shown(batches, table, size, quality)
-    page = _page(title, data | shown.data, shown.packed).encode()
+    data['key'] = content_hash(data['key'], shown.packed, shown.texts, shown.paths, shown.marks)
+    page = _page(title, data | shown.data, shown.packed).encode(errors='replace')
     return atomic_write(path, _small_enough(page, path, limit, size))

@@ -322,8 +322,8 @@
   const quoted = v => /[",\r\n]|^\s|\s$/.test(v) ? `"${v.replaceAll('"', '""')}"` : v;
   function csv() {
     const lines = [...decisions].sort(([a], [b]) => a - b)
-      .map(([i, [decision, to]]) => [data.index[i], decision, label(data.given[i]), to].map(v => quoted(String(v))).join(','));
-    return ['index,decision,given,label', ...lines].join('\n') + '\n';
+      .map(([i, [decision, to]]) => [data.index[i], decision, label(data.given[i]), to, ...(data.mark ? [data.marks[i]] : [])].map(v => quoted(String(v))).join(','));
+    return [`index,decision,given,label${data.mark ? ',' + data.mark : ''}`, ...lines].join('\n') + '\n';
   }
   function save() {
     if (!decisions.size) return say('No decision yet: accept (a), relabel (r) or drop (d) a sample');

@@ -14,6 +14,7 @@ from torch import Tensor
 
 # %% ../../nbs/08b_trust/10_cleaning.ipynb #dc6afa15
 from ..data.images import ImageData
+from ..data.sample_views import indexed_table
 from ..data.texts import TextData
 from ..distillation.result import Run
 from ..distillation.sample_table import _rank_words, _score_values, _shares
@@ -52,7 +53,7 @@ def _table_of(source):
     if isinstance(source, Run):
         return source.samples
     if isinstance(source, pd.DataFrame):
-        return source
+        return indexed_table(source)
     score = _score_values(source).double().numpy()
     reasons = [f'{words[0].upper()}{words[1:]}.' for words in map(_rank_words, _shares(score))]
     return pd.DataFrame(dict(score=score, reason=reasons), pd.Index(source.index.tolist(), name='index'))
@@ -91,7 +92,11 @@ def _known_noise(is_noisy):
 # %% ../../nbs/08b_trust/10_cleaning.ipynb #7f25bf7d
 def _noise_of(found, is_noisy):
     "(m,) bool for the samples of a list"
-    index = found.index.tolist() if isinstance(found, pd.DataFrame) else np.asarray(found).tolist()
+    index = (
+        indexed_table(found, 'found').index.tolist()
+        if isinstance(found, pd.DataFrame)
+        else np.asarray(found).tolist()
+    )
     known = _known_noise(is_noisy)
     if missing := [i for i in index if i not in known]:
         raise ValueError(

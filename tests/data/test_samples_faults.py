@@ -88,6 +88,20 @@ SOURCES = {
     'inputs for rows': (call(ROWS, inputs='a'), ValueError, 'inputs is given, but source is a data set'),
     'label for arrays': (call((X, Y), label='y'), ValueError, 'label is given, but source is a pair'),
     'text without tokenizer': (call(ROWS, text='t'), ValueError, "text='t' names texts; give tokenizer= too"),
+    'no labels': (call((X, None)), TypeError, 'source: labels are None, a NoneType; give one label per sample'),
+    'a word for labels': (call((X, 'a' * N)), TypeError, "source: labels are 'aaa.*a str; give one label"),
+    'a set of labels': (call((X, {0, 1})), TypeError, 'a set; give one label per sample'),
+    'a number for labels': (call((X, 3)), TypeError, 'labels are 3, a int; give one label'),
+    'a sample that fails': bad(lambda i: pair(i) if i != 7 else open('/no/file'), ValueError,
+        r'the sample at position 7 cannot be read \(FileNotFoundError: .*/no/file.*correct it in the data set'),
+    'a first sample that fails': bad(lambda i: {}[i], ValueError, r'at position 0 cannot be read \(KeyError: 0\)'),
+    'one class': (call((X, [0] * N)), ValueError, "label '0' alone; give samples of two classes or more, or all"),
+    'one class, counted from 1': (call((X, [1] * N)), ValueError, "source has the label '1' alone"),
+    'one name': (call((X, ['a'] * N)), ValueError, "source has the label 'a' alone"),
+    'most classes empty': (call((X, Y * 50 + 1)), ValueError,
+        r'source: labels are 1 to 101, so that 99 of 102 classes have no sample; number them without gaps, or give cl'),
+    'most classes of a data set empty': bad(lambda i: (X[i], 7 + i % 3), ValueError,
+        r'7 of 10 classes have no sample; use y - 7, or give classes=\(...\), the names'),
     'texts without tokenizer': (call((['a', 'b'], [0, 1])), ValueError, 'X holds texts; give tokenizer='),
     'classes in one string': (call(ROWS, classes='abc'), TypeError, "classes is 'abc'.*give a list of names"),
     'a class twice': (call(ROWS, classes=['a', 'a', 'b']), ValueError, 'give a list of different names'),
@@ -322,6 +336,8 @@ FOLDERS = {
     'size in words': (folder, dict(size='small'), "size is 'small'; give pixels"),
     'label for a folder': (folder, dict(label='x'), 'label is given, but source is a folder of images'),
     'eval source for a folder': (folder, dict(eval_source=ROWS), 'eval_source is given, but source is a folder'),
+    'a transform that fails': (folder, dict(transform=lambda p: 1 / 0),
+        r'ant/0.png: transform fails \(ZeroDivisionError: division by zero\); correct it'),
     'transform to a number': (folder, dict(transform=lambda p: 3), 'transform gives a int; give a tensor'),
     'transform to sizes': (
         lambda root: folder(root, size=lambda i: (6 + i, 6)), dict(transform=lambda p: p), 'do not fit into one batch'
@@ -335,6 +351,42 @@ def test_folders_with_anything_else_are_refused(case, tmp_path):
     with pytest.raises((ValueError, TypeError), match=message):
         for batch in samples(make(tmp_path), **options):
             pass
+
+
+KINDS_OF_FILES = 'jpg', 'png', 'bmp', 'tif', 'webp', 'ppm'
+
+
+@pytest.mark.parametrize('kind', KINDS_OF_FILES)
+def test_a_file_that_is_cut_off_is_found_before_any_work(kind, tmp_path):
+    folder(tmp_path)
+    path = tmp_path / 'bee' / f'z.{kind}'
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    assert len(samples(tmp_path, size=6).y) == 5
+    path.write_bytes(path.read_bytes()[:-900])
+    with pytest.raises(ValueError, match=f'z.{kind}: the image cannot be read'):
+        samples(tmp_path, size=6)
+
+
+def test_a_film_behind_a_photograph_is_no_fault(tmp_path):
+    folder(tmp_path)
+    path = tmp_path / 'bee' / 'z.jpg'
+    Image.new('RGB', (6, 6)).save(path)
+    path.write_bytes(path.read_bytes() + bytes(5000))
+    assert len(samples(tmp_path).y) == 5
+
+
+@pytest.mark.parametrize('make', [animated, levels_unknown])
+def test_pictures_that_have_no_form_are_found_before_any_work(make, tmp_path):
+    with pytest.raises(ValueError, match='bee/z.*: the image cannot be read'):
+        samples(make(tmp_path), size=6)
+
+
+def test_the_cause_of_a_failed_sample_is_kept():
+    batches = samples(Rows(lambda i: pair(i) if i != 8 else {}['x'], targets=Y.tolist()), batch_size=5)
+    with pytest.raises(ValueError, match='position 8 cannot be read') as found:
+        list(batches)
+    assert isinstance(found.value.__cause__, KeyError)
 
 
 def test_the_check_of_a_case_can_fail(tmp_path):
@@ -379,6 +431,8 @@ TABLES = {
         "column 'c' holds text, such as 'u'; give text="),
     'a number that is missing': (lambda root: numbers(a=[1, None, 2]), {}, "row 1 has nan in column 'a'.*fill it or"),
     'an infinite number': (lambda root: numbers(a=[1, 3, np.inf]), {}, "row 2 has inf in column 'a'"),
+    'infinite in the first row': (lambda root: numbers(a=[np.inf, 3, 1]), {}, "row 0 has inf in column 'a'"),
+    'infinite in a file': (written('a,b,label\ninf,1,x\n2,2,y\n3,1,x\n'), {}, "row 0 has 'inf' in column 'a'"),
     'vectors of two lengths': (lambda root: numbers(a=[[1, 2], [3], [4, 5]]), {}, 'row 1 has 1 numbers.*row 0 has 2'),
     'inputs that are none': (lambda root: numbers(), dict(inputs='z'), "'z' is no column; the columns of"),
     'the label as input': (lambda root: numbers(), dict(inputs=('a', 'label')), "'label' is the label"),
@@ -398,6 +452,12 @@ TABLES = {
     ),
     'ragged CSV': (written('a,label\n1,x\n2\n'), {}, 'row 1 has 1 values, the header has 2'),
     'no table': (written('hello', 't.docx'), {}, "ends in '.docx'; give a .csv"),
+    'one class': (lambda root: numbers(label='x'), {}, "source has the label 'x' alone"),
+    'header in capitals': (written('A,Label\n0.5,x\n2,y\n'), {}, r"among A, Label \('Label' differs in case or space"),
+    'header with spaces': (written('a, label\n0.5,x\n2,y\n'), {}, r"\(' label' differs in case or spaces\); name"),
+    'a named column with capitals': (lambda root: numbers(Kind=1), dict(label='kind'), r"\('Kind' differs in case"),
+    'decimal comma': (written('a;b;label\n0,5;1;x\n2;3;y\n'), {}, "column 'a' holds numbers with a decimal comma"),
+    'labels with a decimal comma': (written('a;label\n0.5;0,5\n2;1,5\n'), {}, "'label': labels have a decimal comma"),
     'broken Parquet': (written('PAR1', 't.parquet'), {}, 't.parquet cannot be read.*write it again'),
     'eval source for a table': (lambda root: numbers(), dict(eval_source=ROWS),
         'eval_source is given, but source is a t'),
@@ -427,6 +487,7 @@ TEXT_FAULTS = {
     'transform': (dict(transform=str), 'transform is given'),
     'inputs': (dict(inputs='a'), 'inputs is given'),
     'workers': (dict(workers=2), 'workers is given, but source is a set of texts, which are kept in memory'),
+    'one class': (dict(label='one'), "source has the label 'x' alone; give samples of two classes"),
     'a column that is none': (dict(text='said'), "there is no column 'said'"),
     'no tokenizer': (
         dict(tokenizer='bert'),
@@ -438,7 +499,7 @@ TEXT_FAULTS = {
 @pytest.mark.parametrize('case', TEXT_FAULTS)
 def test_texts_refuse_what_has_no_use(case, words):
     options, message = TEXT_FAULTS[case]
-    source = pd.DataFrame(dict(text=TEXTS[0], label=TEXTS[1]))
+    source = pd.DataFrame(dict(text=TEXTS[0], label=TEXTS[1], one='x'))
     with pytest.raises((ValueError, TypeError), match=message):
         samples(source, **(dict(tokenizer=words()) | options))
 
@@ -469,6 +530,18 @@ DECISIONS = {
         ValueError,
         r'row 1 \(index 99\): no sample has this index',
     ),
+    'infinite index': (lambda: decided(index=[np.inf, 4.0]), ValueError, 'row 0: index is inf; give the whole'),
+    'a class that pandas takes for a missing one': (
+        lambda: decided(given=[np.nan, 'b']),
+        ValueError,
+        r'row 0 \(index 1\): given is missing \(nan\).*keep_default_na=False',
+    ),
+    'header in capitals': (
+        lambda: decided().rename(columns=str.title),
+        ValueError,
+        "no column 'index', only Index.*'Index', 'Decision', 'Given', 'Label' differ in case",
+    ),
+    'no rows': (lambda: decided()[:0], ValueError, 'decisions has no rows; leave it out'),
     'no index': (lambda: decided(index=[None, 4]), ValueError, 'row 0: index is nan; give the whole number'),
     'index twice': (lambda: decided(index=[1, 1]), ValueError, 'the index stands in row 0 too'),
     'unknown decision': (
@@ -515,6 +588,34 @@ def test_decisions_that_do_not_fit_change_nothing(case):
     assert torch.equal(batches.y, Y) and torch.equal(texts.y, Y)
 
 
+@pytest.mark.parametrize('separator', [',', ';', '\t'])
+@pytest.mark.parametrize('quoting', [0, 1])
+def test_other_separators(separator, quoting, tmp_path, words):
+    write = lambda frame, name: frame.to_csv(tmp_path / name, sep=separator, index=False, quoting=quoting)
+    write(numbers(), 't.csv')
+    write(numbers(), 't.tsv')
+    for name in ('t.csv', 't.tsv'):
+        found = samples(tmp_path / name)
+        assert found.classes == ('x', 'y') and next(iter(found.eval_view()))['x'].tolist()[1] == [2, 0]
+    write(pd.DataFrame(dict(text=['1 2', '3'], label=['a', 'b'])), 'r.csv')
+    assert samples(tmp_path / 'r.csv', tokenizer=words()).data.texts == ('1 2', '3')
+    write(pd.DataFrame(dict(index=[1], decision='drop', given='y', label='')), 'd.csv')
+    assert samples(numbers(), decisions=tmp_path / 'd.csv').index.tolist() == [0, 2]
+
+
+def test_header_of_texts_in_capitals(tmp_path, words):
+    for header, found in ('Text,label', "'Text' differs"), ('text, label', "' label' differs"):
+        (tmp_path / 'r.csv').write_text(f'{header}\n1,a\n2,b\n')
+        with pytest.raises(ValueError, match=found):
+            samples(tmp_path / 'r.csv', tokenizer=words())
+
+
+def test_an_empty_file_of_decisions(tmp_path):
+    (tmp_path / 'd.csv').write_text('')
+    with pytest.raises(ValueError, match='decisions is empty; leave it out'):
+        samples((X, Y), decisions=tmp_path / 'd.csv')
+
+
 def test_decisions_need_data_of_this_package():
     with pytest.raises(TypeError, match='data is a list; give ImageData, TextData, or what samples'):
         apply_decisions([dict(x=X, y=Y)], decided())
@@ -527,6 +628,34 @@ def test_decisions_about_a_regression_are_numbers():
         apply_decisions(real, table)
 
 
+# labels that are counted from 1
+
+
+@pytest.mark.parametrize(
+    'source, options, told',
+    [
+        ((X, Y + 1), {}, r'labels are 1 to 3, so that 1 of 4 classes have no sample; use y - 1, or give classes='),
+        (TensorDataset(X, Y + 1), {}, 'use y - 1'),
+        ((X, Y * 2), {}, 'labels are 0 to 4, so that 2 of 5 classes have no sample; number them without gaps'),
+        ((X, Y + 1), dict(classes=list('abcd')), None),
+        ((X, Y), {}, None),
+        (Rows(lambda i: (X[i], 3 + i % 3), classes=list('abcdef')), {}, None),
+    ],
+    ids=lambda v: None,
+)
+def test_empty_classes_are_told_once(source, options, told):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        batches = samples(source, **options)
+        list(batches.eval_view()), batches.y
+    if told is None:
+        assert not found
+    else:
+        with pytest.raises(ValueError, match=told):
+            raise ValueError(str(found[0].message))
+        assert len(found) == 1 and found[0].category is UserWarning
+
+
 # parts and views
 
 PARTS = {
@@ -537,7 +666,12 @@ PARTS = {
         TypeError,
         "n is '20%'; give a number of samples, or a fraction",
     ),
-    'more than all': (lambda b: b.hold_out(1.5), TypeError, 'n is 1.5; give a number'),
+    'more than all': (lambda b: b.hold_out(1.5), ValueError, 'n is 1.5; a fraction lies between 0 and 1'),
+    'all': (lambda b: b.hold_out(1.0), ValueError, 'n is 1.0; a fraction lies between 0 and 1, such as 0.2: give'),
+    'NaN': (lambda b: b.hold_out(float('nan')), ValueError, 'n is nan; a fraction'),
+    'a fraction that is none': (lambda b: b.hold_out(0.01), ValueError, 'n is 0.01, which is 0 of 12 samples; give 1'),
+    'a fraction that is all': (lambda b: b.hold_out(0.99), ValueError, 'n is 0.99, which is 12 of 12 samples; give 1'),
+    'one sample': (lambda b: b.select([0]).hold_out(1), ValueError, 'n is 1, but there is one sample'),
     'seed': (lambda b: b.hold_out(3, seed=None), TypeError, 'seed is None'),
     'position too large': (
         lambda b: b.select([0, N]),

@@ -10,6 +10,9 @@ import pytest
 from PIL import Image
 
 from kd_aif.benchmarks.page_opening import browser_page, page_opening, pattern_batches
+from kd_aif.data.decisions import apply_decisions
+from kd_aif.data.sample_marks import text_mark
+from kd_aif.data.sample_views import view_texts
 from kd_aif.data.text_files import read_texts
 from kd_aif.foundation.core import WriteError
 from kd_aif.reporting.printing import find_browser
@@ -87,6 +90,53 @@ def test_decisions_belong_to_samples_and_labels(tmp_path):
     assert key(table(score=0.0), title='other') == first
     assert key(table(given=[NAMES[0]] * 12)) != first and key(table(13)) != first
     assert key(table().set_axis(range(12))) != first
+    assert key(table(path='a.png')) != first and key(table(text='one')) != first
+
+
+def test_a_table_from_a_file_keeps_its_stable_indices(tmp_path):
+    table().sort_values('score', ascending=False).to_csv(tmp_path / 's.csv', index_label='index')
+    read = pd.read_csv(tmp_path / 's.csv')
+    for frame in (read, read[read.score < 5]):
+        page = browse_page(frame, Pictures(), tmp_path / 'p.html').read_text(encoding='utf-8')
+        found = data_of(page)[0]
+        assert found['index'] == [str(i) for i in frame['index']] and found['index'][-1] == '50'
+        assert found['path'][0].startswith(found['index'][0])
+
+
+def test_pages_of_different_pictures_have_different_keys(tmp_path):
+    def key(shade):
+        batches = Pictures()
+        picture = Image.new('RGB', (40, 30), (shade, 0, 0))
+        batches.view = lambda index: [
+            SimpleNamespace(index=i, kind='image', image=picture, text='', path='') for i in index
+        ]
+        return data_of(browse_page(table(), batches, tmp_path / 'p.html').read_text(encoding='utf-8'))[0][
+            'key'
+        ]
+
+    assert key(9) == key(9) != key(200)
+
+
+def test_the_page_knows_which_samples_the_decisions_are_about(tmp_path):
+    made = lambda *args: data_of(browse_page(*args, tmp_path / 'p.html').read_text(encoding='utf-8'))[0]
+    texts = read_texts((['one', 'two'], ['a', 'b']))
+    frame = pd.DataFrame(dict(given=['a', 'b'], predicted=['a', 'a']), [0, 1])
+    marks = [text_mark('one'), text_mark('two')]
+    assert (made(frame, texts)['mark'], made(frame, texts)['marks']) == ('sample', marks)
+    assert made(frame.assign(text=['one', 'two']), None)['marks'] == marks
+    assert made(frame.assign(path=['a\\1.png', 'b/2.png']), None)['marks'] == ['a/1.png', 'b/2.png']
+    for nothing in (frame, frame.assign(path=['', 'b']), frame.assign(text=[3, 'x'])):
+        assert made(nothing, None)['mark'] is None
+
+
+def test_a_character_that_utf_8_cannot_write(tmp_path):
+    texts = read_texts((['\ud800', 'x'], ['a', 'b']))
+    frame = pd.DataFrame(dict(given=['a', 'b'], predicted=['a', 'a']), [0, 1])
+    page = browse_page(frame, texts, tmp_path / 'p.html', title='\udcff!').read_text(encoding='utf-8')
+    assert data_of(page)[0]['text'] == ['\ud800', 'x'] and '<h1>?!</h1>' in page
+    shown = pd.DataFrame(view_texts(texts, [0, 1]))
+    assert shown.to_csv(index=False).encode() and shown.text[0] == '\ufffd'
+    assert data_of(page)[0]['marks'][0] == text_mark(shown.text[0])
 
 
 def test_numbers_for_classes_and_regressions(tmp_path):
@@ -108,6 +158,8 @@ BAD = {
     'no rows': (lambda: (table()[:0],), {}, ValueError, 'no rows'),
     'names for rows': (lambda: (table().set_axis(list('abcdefghijkl')),), {}, TypeError, 'stable indices'),
     'real rows': (lambda: (table().set_axis(np.arange(12) / 2),), {}, TypeError, 'stable indices'),
+    'an index in words': (lambda: (table(index='seven'),), {}, ValueError, "column 'index' is"),
+    'rows twice in a file': (lambda: (table(index=7),), {}, ValueError, 'index 7 comes more than once'),
     'rows twice': (lambda: (table().set_axis([7] * 12),), {}, ValueError, 'index 7 comes more than once'),
     'missing label': (lambda: (table(given=None),), {}, ValueError, 'lacks a label'),
     'missing number': (lambda: (table(given=np.nan, predicted=1.0),), {}, ValueError, 'lacks a label'),
@@ -298,6 +350,19 @@ def test_a_regression_is_relabelled_with_a_number(opened, tmp_path):
     press(page, 'Enter')
     found = exported(page)
     assert (found.label.tolist(), found.given.tolist()) == ([0.25], [0.0]) and not faults
+
+
+def test_exported_decisions_go_back_to_their_samples(opened, tmp_path):
+    page, _, faults = opened
+    texts = read_texts((['one', 'two, "three"', 'four'], ['a', 'b', 'a']))
+    frame = pd.DataFrame(dict(given=['a', 'b', 'a'], predicted='a'), range(3))
+    page.goto(browse_page(frame, texts, tmp_path / 'page.html').as_uri())
+    press(page, 'ArrowRight', 'd')
+    found = exported(page).reset_index()
+    assert found.columns.tolist() == ['index', 'decision', 'given', 'label', 'sample'] and not faults
+    assert apply_decisions(texts, found).texts == ('one', 'four')
+    with pytest.raises(ValueError, match='is about sample'):
+        apply_decisions(read_texts((['one', 'other', 'four'], ['a', 'b', 'a'])), found)
 
 
 def test_the_opening_is_measured(tmp_path):

@@ -65,6 +65,16 @@ def test_precision_goes_by_the_index(noisy):
     assert precision_at(found.index, noisy, 2) == precision_at(torch.tensor([20, 10]), noisy, 2) == 1
 
 
+def test_a_table_from_a_file_keeps_its_index(tmp_path):
+    table().to_csv(tmp_path / 's.csv')
+    read = pd.read_csv(tmp_path / 's.csv')
+    found = cleaning_list(read, by='probability')
+    assert found.index.tolist() == [20, 10, 30, 40, 50]
+    assert precision_at(found, NOISY, 3) == precision_at(found.reset_index(), NOISY, 3) == 2 / 3
+    with pytest.raises(ValueError, match="source: the column 'index' is float64; give the stable indices"):
+        cleaning_list(read.assign(index=0.5))
+
+
 def test_precision_of_known_data_and_several_lists():
     texts = read_texts((['a', 'b', 'c', 'd'], ['x', 'y', 'x', 'y']))
     texts = texts._derive(y=torch.tensor([0, 0, 0, 1]))
