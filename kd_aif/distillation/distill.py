@@ -37,6 +37,7 @@ from .weighting import Fixed, Influence, Published, Reweighting, Weighting
 from ..data.given_loaders import run_batches
 from ..foundation.batches import eval_view, model_device, to_device
 from ..foundation.core import evaluating
+from ..foundation.held_out import check_apart
 from ..models.features import default_forward, find_classifier, last_linear
 from kd_aif.distillation.shared_checks import (
     check_rows,
@@ -139,7 +140,9 @@ def _network_inside(name, model, training):
 def distill(
     student: nn.Module,  # trained in place
     teacher: nn.Module | None,  # should have seen train and val, or neither; 'both' may train it on in place
-    train: Iterable[dict],  # batches: dicts of 'index', 'y' and inputs ('x'), see `samples`; or a plain DataLoader
+    train: Iterable[
+        dict
+    ],  # batches: dicts of 'index', 'y' and inputs ('x'), see `samples`; or a plain DataLoader
     val: Iterable[dict],  # the same of held-out samples whose labels are good, from the same source as train
     *,
     mechanism: str | None = None,  # None (no scores), 'student' or 'both'
@@ -239,6 +242,7 @@ def _check_all_networks(student, teacher, data, config):
 def _read_once(networks, train, val, test, config):
     "What trains, and the samples of the test set; labels are of one kind, tokens fit the networks"
     training, objective = config['training'], config['objective']
+    _check_held_out(train, val, config)
     include_validation = training.include_validation and config['weighting'] is not None
     data = TrainingSet(train, val, include_validation, training.seed, model_device(networks[0]))
     check_kind_of_labels(data, config)
@@ -247,6 +251,13 @@ def _read_once(networks, train, val, test, config):
         sets = dict(train=data.samples, val=data.val_samples) | ({} if test is None else dict(test=samples))
         check_tokens(sets, *networks)
     return data, samples
+
+# %% ../../nbs/06_distillation/11_distill.ipynb #658c1b37
+def _check_held_out(train, val, config):
+    "Where validation samples score or train, none of them is a training sample; raises `ValueError`"
+    joined = config['weighting'] is not None and config['training'].include_validation
+    if config['mechanism'] is not None or joined:
+        check_apart(train, val)
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #31c1bb49
 def _with_weighting(config):

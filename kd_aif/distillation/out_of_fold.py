@@ -20,6 +20,7 @@ from ..data.mixed_batches import SubsetBatches
 from ..data.training_set import read_samples, Samples
 from .scoring import in_order
 from ..foundation.batches import eval_view
+from ..foundation.held_out import check_apart
 from ..foundation.losses import batch_cross_entropy
 from ..foundation.reprs import ShortRepr
 from ..foundation.splits import stratified_folds
@@ -64,6 +65,7 @@ def _check_arguments(fit, folds, loss, score, forward, seed, progress):
 # %% ../../nbs/06_distillation/12_out_of_fold.ipynb #9c1e77a1
 def _read_sets(train, val):
     "Batches with a stable index, and the training samples; raises `ValueError` or `TypeError` for what does not fit"
+    check_apart(train, val)
     train, val, _ = run_batches(train, val)
     samples, _ = (read_samples(name, eval_view(b)) for name, b in (('train', train), ('val', val)))
     return train, val, samples
