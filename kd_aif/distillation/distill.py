@@ -69,8 +69,6 @@ def score_once(
         if session.nothing_to_learn_again(generation):
             break
         previous = session.replace_teacher(schedule.make_teacher)
-        if session.teacher is previous and schedule.make_teacher is not None:
-            raise ValueError("make_teacher: gave the same network twice; make a new one in every call")
         session.train_teacher(soft_labels_of=previous if generation else None)
     session.train_student(BeforeEpochs(weights_from=schedule.after))
 

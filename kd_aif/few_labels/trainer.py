@@ -22,7 +22,7 @@ from ..foundation.checks import check_function, check_instance, check_network
 from ..data.images import content_hash, ImageData
 from ..data.loaders import ImageBatches
 from ..distillation.checkpoint import describe, keep_checkpoint, read_checkpoint, Stopped
-from ..distillation.checks import count_classes
+from ..distillation.checks import check_trainable, count_classes
 from ..distillation.evaluation import evaluate
 from ..distillation.objective import autocast_forward
 from .algorithms import Algorithm, SSLStep, StepOutput
@@ -321,6 +321,7 @@ def _shown(row):
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #3aeaa9da
 def _check_arguments(student, training, measure, labelled, val):
     check_network('student', student)
+    check_trainable('student', student)
     check_instance('training', training, SSLTraining, 'give SSLTraining(steps, ...)')
     check_function('measure', measure, 'measure(model, forward) -> dict', or_none=True)
     if labelled is not None:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_number', 'check_count', 'check_seed', 'check_switch', 'check_choice', 'check_function', 'check_instance',
-           'is_series', 'indexed_values', 'as_positions', 'check_network', 'check_autocast']
+           'is_series', 'indexed_values', 'as_positions', 'check_network', 'shared_tensor', 'check_unshared',
+           'check_autocast']
 
 # %% ../../nbs/01_foundation/01b_checks.ipynb #774d0faf
 import math
@@ -223,6 +224,57 @@ def check_network(
             f'{name} is a {type(value).__name__} without parameters; give a network that has some'
         )
     return value
+
+# %% ../../nbs/01_foundation/01b_checks.ipynb #58857ff7
+def _memory(t):
+    "Where a tensor lies, with its first and last address; a name of its own where this is not told"
+    if hasattr(t, 'full_tensor') or t.device.type == 'meta' or t.layout is not torch.strided or not t.numel():
+        return id(t), 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+    place = t.device, t.untyped_storage().data_ptr()
+    return place, t.data_ptr(), t.data_ptr() + last * t.element_size()
+
+
+def _tensors(model, frozen):
+    "Name, tensor, and whether training may change it"
+    statistics = 'running_mean', 'running_var'
+    parameters = [(name, p, frozen or p.requires_grad) for name, p in model.named_parameters()]
+    return parameters + [(name, b, name.endswith(statistics)) for name, b in model.named_buffers()]
+
+# %% ../../nbs/01_foundation/01b_checks.ipynb #b6569abd
+def shared_tensor(
+    model: nn.Module,  # a network
+    other: nn.Module,  # another network
+    frozen: bool = False,  # parameters without a gradient count too
+) -> str | None:  # its name in `model`; None: there is none
+    "A parameter or running statistic that two networks share, and that training may change"
+    places = {}
+    for _, t, moves in _tensors(other, frozen):
+        place, *ends = _memory(t)
+        places.setdefault(place, []).append((*ends, moves))
+    for name, t, moves in _tensors(model, frozen):
+        place, first, last = _memory(t)
+        for start, end, moved in places.get(place, ()):
+            if (moves or moved) and first <= end and start <= last:
+                return name
+    return None
+
+# %% ../../nbs/01_foundation/01b_checks.ipynb #92eb4368
+def check_unshared(
+    name: str,  # the argument as the caller wrote it
+    model: nn.Module,  # its value
+    trained: nn.Module,  # a network that is trained
+    what: str = 'the student',  # how that is called
+    frozen: bool = False,  # parameters without a gradient count too
+) -> None:
+    "Raise `ValueError` where a network shares with another one what training changes"
+    if model is trained:
+        raise ValueError(f'{name} is {what} itself; give another network, or copy.deepcopy of it')
+    if shared := shared_tensor(model, trained, frozen):
+        raise ValueError(
+            f'{name} shares {shared!r} with {what}, so that training changes both; give a network with parameters of '
+            f'its own, such as copy.deepcopy(network)'
+        )
 
 # %% ../../nbs/01_foundation/01b_checks.ipynb #c406db3b
 def check_autocast(
