@@ -24,6 +24,7 @@ from .sample_views import SampleView
 from .text_batches import _split
 from ..foundation.checks import as_positions, check_seed
 from ..foundation.core import check_whole, generator
+from ..foundation.held_out import check_apart
 from ..foundation.reprs import markdown_text
 from ..foundation.splits import class_groups, stratified_choice
 
@@ -332,6 +333,7 @@ def with_validation(
             f'val has the classes {", ".join(val.classes[:10])}, the training samples '
             f'{", ".join(self.classes[:10])}; give samples(..., classes=train.classes)'
         )
+    check_apart(self, val)
     return MixedBatches(self, val, seed, (_sizes(self), _sizes(val)))
 
 # %% ../../nbs/02_data/14d_sample_batches.ipynb #58db7a38

@@ -32,7 +32,7 @@ from ..models.features import find_classifier
 from ..weights.class_weights import ClassWeighting
 
 # %% ../../nbs/06_distillation/08_checks.ipynb #13b93ec6
-from ..foundation.checks import check_instance, check_network
+from ..foundation.checks import check_instance, check_network, check_unshared
 from ..influence.call_checks import check_loss, read_outputs
 
 # %% ../../nbs/06_distillation/08_checks.ipynb #c06c6652
@@ -232,8 +232,8 @@ def check_two_networks(
     "Raise `TypeError` or `ValueError` for what is no network, weights that are not finite, and one network twice"
     check_network('student', student)
     check_network('teacher', teacher, or_none=True)
-    if student is teacher:
-        raise ValueError('teacher is the student itself; give another network, or copy.deepcopy(student)')
+    if teacher is not None:
+        check_unshared('teacher', teacher, student)
 
 # %% ../../nbs/06_distillation/08_checks.ipynb #db9fb9aa
 def _check_teacher_loss(teacher, student, batch, objective):

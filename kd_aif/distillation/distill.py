@@ -38,6 +38,7 @@ from ..data.given_loaders import run_batches
 from .refit import check_refit_labels, replaceable_layer
 from ..foundation.batches import eval_view, model_device, to_device
 from ..foundation.core import evaluating
+from ..foundation.held_out import check_apart
 from ..models.features import default_forward, find_classifier, last_linear
 from kd_aif.distillation.shared_checks import (
     check_rows,
@@ -69,8 +70,6 @@ def score_once(
         if session.nothing_to_learn_again(generation):
             break
         previous = session.replace_teacher(schedule.make_teacher)
-        if session.teacher is previous and schedule.make_teacher is not None:
-            raise ValueError("make_teacher: gave the same network twice; make a new one in every call")
         session.train_teacher(soft_labels_of=previous if generation else None)
     session.refit_teacher()
     session.train_student(BeforeEpochs(weights_from=schedule.after))
@@ -142,7 +141,9 @@ def _network_inside(name, model, training):
 def distill(
     student: nn.Module,  # trained in place
     teacher: nn.Module | None,  # should have seen train and val, or neither; 'both' may train it on in place
-    train: Iterable[dict],  # batches: dicts of 'index', 'y' and inputs ('x'), see `samples`; or a plain DataLoader
+    train: Iterable[
+        dict
+    ],  # batches: dicts of 'index', 'y' and inputs ('x'), see `samples`; or a plain DataLoader
     val: Iterable[dict],  # the same of held-out samples whose labels are good, from the same source as train
     *,
     mechanism: str | None = None,  # None (no scores), 'student' or 'both'
@@ -262,6 +263,7 @@ def _check_all_networks(student, teacher, data, config):
 def _read_once(networks, train, val, test, config):
     "What trains, and the samples of the test set; labels are of one kind, tokens fit the networks"
     training, objective = config['training'], config['objective']
+    _check_held_out(train, val, config)
     include_validation = training.include_validation and config['weighting'] is not None
     data = TrainingSet(train, val, include_validation, training.seed, model_device(networks[0]))
     check_kind_of_labels(data, config)
@@ -270,6 +272,13 @@ def _read_once(networks, train, val, test, config):
         sets = dict(train=data.samples, val=data.val_samples) | ({} if test is None else dict(test=samples))
         check_tokens(sets, *networks)
     return data, samples
+
+# %% ../../nbs/06_distillation/11_distill.ipynb #658c1b37
+def _check_held_out(train, val, config):
+    "Where validation samples score or train, none of them is a training sample; raises `ValueError`"
+    joined = config['weighting'] is not None and config['training'].include_validation
+    if config['mechanism'] is not None or joined:
+        check_apart(train, val)
 
 # %% ../../nbs/06_distillation/11_distill.ipynb #31c1bb49
 def _with_weighting(config):

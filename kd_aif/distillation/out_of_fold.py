@@ -7,6 +7,7 @@ __all__ = ['ScoredFold', 'score_folds', 'calibrate_folds', 'out_of_fold_weights'
 
 # %% ../../nbs/06_distillation/12_out_of_fold.ipynb #7343cdb0
 from collections.abc import Callable, Iterable
+from functools import partial
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from ..data.mixed_batches import SubsetBatches
 from ..data.training_set import read_samples, Samples
 from .scoring import in_order
 from ..foundation.batches import eval_view
+from ..foundation.held_out import check_apart
 from ..foundation.losses import batch_cross_entropy
 from ..foundation.reprs import ShortRepr
 from ..foundation.splits import stratified_folds
@@ -38,12 +40,29 @@ class ScoredFold(ShortRepr):
     rows: Tensor  # (k,) positions of its samples in the training set
     scores: CrossScores  # of its samples, in the order of `rows`, and of the validation samples
 
+# %% ../../nbs/06_distillation/12_out_of_fold.ipynb #dae9eed9
+def _trace(model):
+    "A number for each parameter, which training changes"
+    return torch.stack([p.detach().double().sum().cpu() for p in model.parameters()])
+
+
+def _check_new(earlier):
+    "Raise `ValueError` where models of earlier folds have changed since they were made"
+    for model, trace in earlier:
+        if not torch.equal(_trace(model), trace):
+            raise ValueError(
+                'fit: it trained the model of an earlier fold on, which has seen the samples of this one; '
+                'make a new network in every call'
+            )
+
 # %% ../../nbs/06_distillation/12_out_of_fold.ipynb #a49a6b25
-def _score_fold(fit, train, val, index, rows, options):
+def _score_fold(fit, train, val, index, rows, options, earlier):
     "Scores of the samples at some positions, by a model that is trained on all others"
     others = torch.ones(len(index), dtype=torch.bool)
     others[rows] = False
     model = check_network('fit', fit(SubsetBatches(train, index[others])))
+    _check_new(earlier)
+    earlier.append((model, _trace(model)))
     held_out = SubsetBatches(eval_view(train), index[rows])
     scores = cross_scores(model, train=held_out, val=eval_view(val), **options)
     return ScoredFold(model, held_out, rows, in_order(scores, index[rows]))
@@ -62,10 +81,26 @@ def _check_arguments(fit, folds, loss, score, forward, seed, progress):
     check_switch('progress', progress)
 
 # %% ../../nbs/06_distillation/12_out_of_fold.ipynb #9c1e77a1
-def _read_sets(train, val):
+def _check_kinds(y, val_y, loss):
+    "Raise `ValueError` for labels of two kinds, and for real numbers under a loss of classes"
+    kinds = ['real numbers' if t.is_floating_point() else 'classes' for t in (y, val_y)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f'labels: those of train are {kinds[0]}, those of val {kinds[1]}; give both one kind'
+        )
+    if y.is_floating_point() and loss is batch_cross_entropy:
+        raise ValueError(
+            'labels are real numbers, but the loss compares classes; give loss=squared_error, or class labels of int64'
+        )
+
+# %% ../../nbs/06_distillation/12_out_of_fold.ipynb #7a69ca20
+def _read_sets(train, val, loss, seed):
     "Batches with a stable index, and the training samples; raises `ValueError` or `TypeError` for what does not fit"
+    check_apart(train, val)
     train, val, _ = run_batches(train, val)
-    samples, _ = (read_samples(name, eval_view(b)) for name, b in (('train', train), ('val', val)))
+    samples, held_out = (read_samples(name, eval_view(b)) for name, b in (('train', train), ('val', val)))
+    _check_kinds(samples.y, held_out.y, loss)
+    stratified_folds(held_out.y, 2, seed)
     return train, val, samples
 
 # %% ../../nbs/06_distillation/12_out_of_fold.ipynb #02b45e07
@@ -82,11 +117,12 @@ def score_folds(
 ) -> tuple[list[ScoredFold], Samples]:  # one for each fold, and index and labels of all training samples
     "Scores by models that have seen neither the samples nor the validation set; raises as `cross_scores`"
     _check_arguments(fit, folds, loss, score, forward, seed, progress)
-    train, val, samples = _read_sets(train, val)
+    train, val, samples = _read_sets(train, val, loss, seed)
     part = stratified_folds(samples.y, folds, seed)
     options = dict(loss=loss, score=score, seed=seed, scoring=Scoring(forward=forward, progress=progress))
     parts = [(part == k).nonzero()[:, 0] for k in range(folds)]
-    return [_score_fold(fit, train, val, samples.index, rows, options) for rows in parts], samples
+    fold, earlier = partial(_score_fold, fit, train, val, samples.index), []
+    return [fold(rows, options, earlier) for rows in parts], samples
 
 # %% ../../nbs/06_distillation/12_out_of_fold.ipynb #b83f0be8
 def calibrate_folds(

@@ -24,6 +24,7 @@ from .weighting import Fixed
 from ..foundation.batches import eval_view, model_device, to_device
 from ..foundation.checks import check_instance, check_network
 from ..foundation.core import evaluating
+from ..foundation.held_out import check_apart
 from ..models.features import default_forward, features_and_logits, find_classifier
 
 # %% ../../nbs/06_distillation/05b_refit.ipynb #48c4146c
@@ -171,6 +172,8 @@ def refit_last_layer(
     check_network('model', model)
     check_instance('weighting', weighting, (Fixed, type(None)), 'use Fixed(weights, index) or None')
     check_instance('refit', refit, Refit, 'use Refit(...)')
+    if refit.train:
+        check_apart(train, val)
     train, val, _ = run_batches(train, val)
     data = TrainingSet(train, val, include_validation=True)
     w = torch.ones(len(data)) if weighting is None else _all_weights(weighting, data)

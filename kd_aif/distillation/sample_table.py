@@ -18,7 +18,7 @@ from torch import nn, Tensor
 from ..data.sample_views import _check_batches, class_names, label_text, view_texts
 from .evaluation import predict
 from ..foundation.batches import eval_view, find_positions
-from ..foundation.checks import check_function, check_instance, check_network
+from ..foundation.checks import check_function, check_instance, check_network, indexed_values, is_series
 from ..foundation.losses import squared_difference
 from ..influence.call_checks import read_outputs
 from ..influence.cross_scores import CrossScores
@@ -182,10 +182,17 @@ def _check_arguments(scores, model, batches, calibration, forward, classes):
         raise TypeError(f'classes is {classes!r:.60}; give the names of the classes, a tuple of strings')
 
 # %% ../../nbs/06_distillation/08d_sample_table.ipynb #40d8ae1f
+def _paired(weights, given, index):
+    "The weights in the order of the rows; a Series is read by its index"
+    if weights is None:
+        return None
+    return indexed_values('weights', weights, given if is_series(given) else index, 'the scored samples')[0]
+
+# %% ../../nbs/06_distillation/08d_sample_table.ipynb #d0f48970
 def _index_of(scores, index, found):
     "(n,) the index of the rows"
     if index is not None:
-        index = torch.as_tensor(index).cpu()
+        index = torch.as_tensor(index.to_numpy(copy=True) if is_series(index) else index).cpu()
         differs = scores is not None and not torch.equal(index, scores.index.cpu())
         if index.ndim != 1 or index.is_floating_point() or differs:
             raise ValueError('index: give the integer index in the order of the scores, or leave it out')
@@ -223,7 +230,7 @@ def sample_table(
     model: nn.Module,  # whose predictions are shown, used in eval mode
     batches: Iterable[dict],  # re-iterable batches of the scored samples
     *,
-    weights=None,  # (n,) in the order of the scores; default those of the calibration
+    weights=None,  # (n,) in the order of the scores, or a Series by index; default those of the calibration
     calibration: CalibratedWeights | None = None,  # of the scores: gives weight and probability
     index=None,  # (n,) index of the weights where there are no scores
     forward: Callable = default_forward,  # forward(model, batch) -> logits
@@ -233,8 +240,8 @@ def sample_table(
     are not in the batches, numbers that are not one per sample, and labels that the model does not have."""
     _check_arguments(scores, model, batches, calibration, forward, classes)
     values, found = _score_values(scores), _predictions(model, batches, forward)
-    index = _index_of(scores, index, found)
-    weights = getattr(calibration, 'values', None) if weights is None else weights
+    index, given = _index_of(scores, index, found), index
+    weights = getattr(calibration, 'values', None) if weights is None else _paired(weights, given, index)
     probability = getattr(calibration, 'probability', None)
     known = dict(
         score=('scores', values), weight=('weights', weights), probability=('calibration', probability)

@@ -25,6 +25,7 @@ from .run_weights import RunWeights
 from .scoring import OnlineWeights
 from .trainer import Fit, Training
 from ..foundation.batches import model_device
+from ..foundation.checks import check_unshared
 from ..foundation.core import static, Stopwatch
 from ..foundation.processes import copy_from_first, own_tensors, unwrapped
 from ..foundation.reprs import ShortRepr
@@ -98,8 +99,8 @@ def replace_teacher(
             raise TypeError(
                 f"make_teacher gives a {type(made).__name__}; give a function that returns a new network"
             )
-        if made is self.student:
-            raise ValueError("make_teacher: gave the student; make a new network in every call")
+        for network, what in ((self.student, 'the student'), (previous, 'the previous teacher')):
+            check_unshared('make_teacher: the new network', unwrapped(made), network, what)
         self.teacher = unwrapped(made).to(model_device(self.student))
         copy_from_first(own_tensors(self.teacher))
     check_trainable('teacher', self.teacher)

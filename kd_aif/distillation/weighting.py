@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 # %% ../../nbs/06_distillation/05_weighting.ipynb #bfadc0d1
 from ..data.training_set import read_samples, TrainingSet
 from ..foundation.batches import find_positions
-from ..foundation.checks import check_function, check_instance, check_switch
+from ..foundation.checks import check_function, check_instance, check_switch, indexed_values
 from ..foundation.core import check_whole
 from ..foundation.reprs import ShortRepr
 from ..influence.cross_scores import SCORES
@@ -87,18 +87,21 @@ class Fixed(ShortRepr):
     "Weights that are given; raises `ValueError` for weights that are not finite, negative or all zero"
 
     values: Tensor  # (n,) weights of the training samples, or (n + m,) with those of the validation samples after them
-    index: Tensor | None = None  # their stable index; None: in the order of the batches
+    index: Tensor | None = (
+        None  # their stable index; None: that of a pandas Series, else the order of the batches
+    )
     class_weighting: ClassWeighting | None = None  # None: no class weights
 
     def __post_init__(self):
         _check_classes(self.class_weighting, also=(None,))
-        object.__setattr__(self, 'values', _vector('weights', self.values).float())
+        values, index = indexed_values('weights', self.values, self.index)
+        object.__setattr__(self, 'values', _vector('weights', values).float())
         if not torch.isfinite(self.values).all() or (self.values < 0).any() or not self.values.sum() > 0:
             raise ValueError(
                 "weights must be finite, not negative and not all zero; clip them, or use weights_from_influence"
             )
-        if self.index is not None:
-            object.__setattr__(self, 'index', _vector('index', self.index).long())
+        if index is not None:
+            object.__setattr__(self, 'index', _vector('index', index).long())
             if len(self.index) != len(self.values):
                 raise ValueError(
                     f"index has {len(self.index)} entries for {len(self.values)} weights; give one each"

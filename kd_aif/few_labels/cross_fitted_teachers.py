@@ -64,6 +64,16 @@ class Teachers(nn.Module):
         self._make_buffers()
 
 # %% ../../nbs/08_few_labels/10_cross_fitted_teachers.ipynb #41db52d1
+def _check_classes(layers, labelled):
+    "Raise `ValueError` where the networks have other classes than the images"
+    for layer in layers:
+        if layer.out_features != labelled.n_classes:
+            raise ValueError(
+                f'teacher: a network has {layer.out_features} classes, the images {labelled.n_classes}; build it with '
+                f'n_classes={labelled.n_classes}'
+            )
+
+# %% ../../nbs/08_few_labels/10_cross_fitted_teachers.ipynb #69e61dc0
 @patch
 def _make_buffers(self: Teachers):
     "a, κ; accuracy; β, β·t; S; γ"
@@ -71,6 +81,7 @@ def _make_buffers(self: Teachers):
     few = dict(x=self.images(self.labelled.x[:2]))
     self.last = [last_linear(m, few)[1] for m in self.ema_models]  # a list: they are parts of these models
     layer = self.last[0]
+    _check_classes(self.last, self.labelled)
     shape = layer.out_features, layer.in_features + (layer.bias is not None)
     self.register_buffer('scales', torch.zeros(2, 2, device=device))
     self.register_buffer('accuracy', torch.full((2,), torch.nan, device=device))

@@ -25,6 +25,7 @@ from .cross_fitted_teachers import calibration_folds, Teachers
 from .settings import SSLTraining
 from .trainer import SSLRun, train_ssl
 from ..foundation.batches import upload
+from ..foundation.checks import check_instance, check_network, check_unshared
 from ..foundation.core import check_fraction, check_whole
 
 # %% ../../nbs/08_few_labels/11_cross_fitting.ipynb #028ad102
@@ -95,6 +96,18 @@ def _reinitialised(network):
             part.reset_parameters()
     return new
 
+# %% ../../nbs/08_few_labels/11_cross_fitting.ipynb #4f822079
+def _made_teachers(make, student):
+    "Two networks of their own on the student's device; raises `TypeError` or `ValueError` for others"
+    device, made = next(student.parameters()).device, []
+    for k in (1, 2):
+        network = check_network(f'teacher({k})', make(k))
+        check_unshared(f'teacher({k})', network, student, frozen=True)
+        for other in made:
+            check_unshared(f'teacher({k})', network, other, 'the network of teacher(1)', frozen=True)
+        made.append(network.to(device))
+    return made
+
 # %% ../../nbs/08_few_labels/11_cross_fitting.ipynb #a99c2c03
 @patch
 def start(
@@ -106,7 +119,7 @@ def start(
 ) -> Teachers:  # untrained, not calibrated
     "The teachers"
     make = self.make_teacher or (lambda k: _reinitialised(student))
-    networks = [make(k).to(next(student.parameters()).device) for k in (1, 2)]
+    networks = _made_teachers(make, student)
     weak = _augmentation(self.weak, augmentation_for, self.labelled.name)
     average = lambda network: make_trainer(network, self.ema)
     return Teachers(networks, self.labelled, unlabelled, average, weak, self.folds, self.seed)
@@ -239,6 +252,10 @@ def distill_ssl(
     **settings,  # of `CrossFit`: student_fraction, teacher_fraction, folds, refresh, …
 ) -> SSLRun:  # .ema_model is the student to use, .state the `Teachers`
     "Semi-supervised KD-AIF; raises `ValueError` or `TypeError` for settings that make no sense"
+    check_network('student', student)
+    check_instance('training', training, SSLTraining, 'give SSLTraining(steps, ...)')
+    if isinstance(teacher, nn.Module):
+        check_unshared('teacher', teacher, student, frozen=True)
     shared = dict(ema=training.ema, weak=training.weak, seed=training.seed)
     algorithm = CrossFit(labelled, make_teacher=_teacher_maker(teacher), **(shared | settings))
     data = dict(val=val, test=test, training=training, weights=weights, measure=measure)

@@ -22,13 +22,14 @@ from ..foundation.checks import check_function, check_instance, check_network
 from ..data.images import content_hash, ImageData
 from ..data.loaders import ImageBatches
 from ..distillation.checkpoint import describe, keep_checkpoint, read_checkpoint, Stopped
-from ..distillation.checks import count_classes
+from ..distillation.checks import check_trainable, count_classes
 from ..distillation.evaluation import evaluate
 from ..distillation.objective import autocast_forward
 from .algorithms import Algorithm, SSLStep, StepOutput
 from .batches import SSLBatches, UnlabelledImages, VIEWS
 from .settings import fine_tune, ssl_trainer, SSLTraining
 from ..foundation.core import bar_options, generator, Stopwatch
+from ..foundation.held_out import check_apart
 from ..foundation.processes import check_alone
 
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #4766ba60
@@ -318,10 +319,13 @@ def _shown(row):
     return {k: f'{v:.3f}' for k, v in row.items() if k in shown and v is not None}
 
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #3aeaa9da
-def _check_arguments(student, training, measure):
+def _check_arguments(student, training, measure, labelled, val):
     check_network('student', student)
+    check_trainable('student', student)
     check_instance('training', training, SSLTraining, 'give SSLTraining(steps, ...)')
     check_function('measure', measure, 'measure(model, forward) -> dict', or_none=True)
+    if labelled is not None:
+        check_apart(labelled, val, 'labelled')
 
 # %% ../../nbs/08_few_labels/05_trainer.ipynb #ca5e6459
 def train_ssl(
@@ -337,7 +341,7 @@ def train_ssl(
     measure: Callable | None = None,  # measure(model, forward) -> dict, such as a `PseudoLabelMeter`
 ) -> SSLRun:  # metrics, history, networks
     "Train by one algorithm; raises `ValueError` or `TypeError` before any work for what does not fit"
-    _check_arguments(student, training, measure)
+    _check_arguments(student, training, measure, labelled, val)
     batches = _batches(labelled, unlabelled, training)
     _check_ssl(student, algorithm, batches, training, weights)
     with torch.random.fork_rng():

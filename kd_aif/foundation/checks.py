@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['check_number', 'check_count', 'check_seed', 'check_switch', 'check_choice', 'check_function', 'check_instance',
-           'as_positions', 'check_network', 'check_autocast']
+           'is_series', 'indexed_values', 'as_positions', 'check_network', 'shared_tensor', 'check_unshared',
+           'check_autocast']
 
 # %% ../../nbs/01_foundation/01b_checks.ipynb #774d0faf
 import math
+import sys
 from collections.abc import Iterable
 from numbers import Integral
 
@@ -115,11 +117,74 @@ def check_instance(
     raise TypeError(f'{name} is {_shown(value)}; {remedy}')
 
 # %% ../../nbs/01_foundation/01b_checks.ipynb #1932a4c3
+def is_series(
+    value,  # of any type
+) -> bool:  # False too where pandas has not been imported
+    "Whether a value is a pandas Series"
+    return 'pandas' in sys.modules and isinstance(value, sys.modules['pandas'].Series)
+
+# %% ../../nbs/01_foundation/01b_checks.ipynb #619470e2
+def _own_index(name, series):
+    "The names of a Series as a vector; ValueError where they are no stable index"
+    labels = series.index
+    if labels.dtype.kind not in 'iu' or not labels.is_unique:
+        what = 'comes more than once' if labels.dtype.kind in 'iu' else f'is of type {labels.dtype}'
+        raise ValueError(
+            f'{name} is a Series whose index {what}; name its rows by the stable index of the samples, such as the '
+            f'columns of run.samples have, or give {name}.to_numpy() in the order of the samples'
+        )
+    return labels.to_numpy(copy=True)
+
+# %% ../../nbs/01_foundation/01b_checks.ipynb #a70abba1
+def _aligned(name, series, index, index_name):
+    "The values of a Series in the order of an index of the caller"
+    wanted = torch.as_tensor(index).cpu().numpy()
+    labels = series.index
+    same = labels.is_unique and len(labels) == wanted.size and wanted.ndim == 1
+    place = labels.get_indexer(wanted) if same else None
+    if place is None or (place < 0).any() or len(set(wanted.tolist())) < len(wanted):
+        raise ValueError(
+            f'{name} is a Series of {len(series)} samples whose index is not that of {index_name} ({wanted.size} '
+            f'samples); name its rows by the stable index, or give {name}.to_numpy() in the order of {index_name}'
+        )
+    return series.to_numpy()[place]
+
+# %% ../../nbs/01_foundation/01b_checks.ipynb #97d4640d
+def indexed_values(
+    name: str,  # the argument as the caller wrote it
+    values,  # (n,) one value for each sample; a pandas Series is read by its index
+    index=None,  # (n,) stable index of the samples; None: that of a Series, else none is known
+    index_name: str = 'index',  # the other argument as the caller wrote it
+) -> tuple:  # values in the order of the index, and the index; Series become arrays
+    "Values and index, sample by sample; ValueError for a Series whose index is another one"
+    if not is_series(values):
+        return values, index.to_numpy(copy=True) if is_series(index) else index
+    if index is None:
+        return values.to_numpy(copy=True), _own_index(name, values)
+    if not is_series(index):
+        return _aligned(name, values, index, index_name), index
+    if not index.index.equals(values.index):
+        raise ValueError(
+            f'{name} and {index_name} are Series whose rows have different names; give two columns of one table, or '
+            f'{index_name}.to_numpy()'
+        )
+    return values.to_numpy(copy=True), index.to_numpy(copy=True)
+
+# %% ../../nbs/01_foundation/01b_checks.ipynb #040a565c
+def _series_positions(series, n):
+    "The numbers of a Series, or its mask in the order of the positions"
+    if series.dtype.kind != 'b':
+        return series.to_numpy(copy=True)
+    return _aligned('positions', series, torch.arange(n), 'the positions')
+
+# %% ../../nbs/01_foundation/01b_checks.ipynb #6b8f0182
 def as_positions(
     positions,  # whole numbers (k,) from 0 to n - 1, or (n,) bool: a tensor, an array or a list
     n: int,  # how many samples there are
 ) -> torch.Tensor:  # (k,) int64
     "Positions of samples; raises `ValueError` for what is neither numbers nor a mask, `IndexError` out of range"
+    if is_series(positions):
+        positions = _series_positions(positions, n)
     p = torch.as_tensor(positions)
     if p.dtype == torch.bool and p.shape == (n,):
         return p.nonzero()[:, 0]
@@ -159,6 +224,57 @@ def check_network(
             f'{name} is a {type(value).__name__} without parameters; give a network that has some'
         )
     return value
+
+# %% ../../nbs/01_foundation/01b_checks.ipynb #58857ff7
+def _memory(t):
+    "Where a tensor lies, with its first and last address; a name of its own where this is not told"
+    if hasattr(t, 'full_tensor') or t.device.type == 'meta' or t.layout is not torch.strided or not t.numel():
+        return id(t), 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+    place = t.device, t.untyped_storage().data_ptr()
+    return place, t.data_ptr(), t.data_ptr() + last * t.element_size()
+
+
+def _tensors(model, frozen):
+    "Name, tensor, and whether training may change it"
+    statistics = 'running_mean', 'running_var'
+    parameters = [(name, p, frozen or p.requires_grad) for name, p in model.named_parameters()]
+    return parameters + [(name, b, name.endswith(statistics)) for name, b in model.named_buffers()]
+
+# %% ../../nbs/01_foundation/01b_checks.ipynb #b6569abd
+def shared_tensor(
+    model: nn.Module,  # a network
+    other: nn.Module,  # another network
+    frozen: bool = False,  # parameters without a gradient count too
+) -> str | None:  # its name in `model`; None: there is none
+    "A parameter or running statistic that two networks share, and that training may change"
+    places = {}
+    for _, t, moves in _tensors(other, frozen):
+        place, *ends = _memory(t)
+        places.setdefault(place, []).append((*ends, moves))
+    for name, t, moves in _tensors(model, frozen):
+        place, first, last = _memory(t)
+        for start, end, moved in places.get(place, ()):
+            if (moves or moved) and first <= end and start <= last:
+                return name
+    return None
+
+# %% ../../nbs/01_foundation/01b_checks.ipynb #92eb4368
+def check_unshared(
+    name: str,  # the argument as the caller wrote it
+    model: nn.Module,  # its value
+    trained: nn.Module,  # a network that is trained
+    what: str = 'the student',  # how that is called
+    frozen: bool = False,  # parameters without a gradient count too
+) -> None:
+    "Raise `ValueError` where a network shares with another one what training changes"
+    if model is trained:
+        raise ValueError(f'{name} is {what} itself; give another network, or copy.deepcopy of it')
+    if shared := shared_tensor(model, trained, frozen):
+        raise ValueError(
+            f'{name} shares {shared!r} with {what}, so that training changes both; give a network with parameters of '
+            f'its own, such as copy.deepcopy(network)'
+        )
 
 # %% ../../nbs/01_foundation/01b_checks.ipynb #c406db3b
 def check_autocast(

@@ -117,6 +117,18 @@ def _check_finite(losses, batch, name):
         raise ValueError(f'{found}; check its label and the logits')
 
 # %% ../../nbs/04_influence/02c_call_checks.ipynb #577c5f81
+def _with_gradient(loss, logits, batch, name):
+    "The losses; raises `ValueError` where they do not follow the logits"
+    with torch.enable_grad():
+        losses = loss(logits.detach().requires_grad_(True).clone(), batch)
+    if isinstance(losses, Tensor) and not losses.requires_grad:
+        raise ValueError(
+            f'{name} has no gradient: its values do not follow the logits; leave out detach(), no_grad(), argmax and '
+            f'comparisons'
+        )
+    return losses.detach() if isinstance(losses, Tensor) else losses
+
+# %% ../../nbs/04_influence/02c_call_checks.ipynb #00079b6b
 def check_loss(
     loss: Callable,  # loss(logits, batch) -> (b,)
     logits: Tensor,  # (b, C)
@@ -126,7 +138,7 @@ def check_loss(
 ) -> Tensor:  # (b,) the losses
     "Make sure that losses are finite, one for each sample and its own; else TypeError or ValueError."
     try:
-        losses = loss(logits, batch)
+        losses = _with_gradient(loss, logits, batch, name)
     except (RuntimeError, IndexError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
             f'{name} fails with logits {tuple(logits.shape)}{_label_shape(batch)}: {type(error).__name__}: '

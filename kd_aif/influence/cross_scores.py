@@ -20,6 +20,7 @@ from ..foundation.reprs import ShortRepr
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #003c8835
 from ..foundation.batches import batch_rows, check_order, sample_batches, sample_mask
 from ..foundation.core import check_whole
+from ..foundation.held_out import check_apart
 from ..foundation.splits import class_groups, stratified_folds
 from ..foundation.checks import check_function, check_instance, check_seed, check_switch
 from .call_checks import check_losses, check_scored, CheckedBatches
@@ -286,6 +287,13 @@ def _crossed(found, score):
     note = joined_notes(solution.note, found.note)
     return CrossScores(*known, solution.damping, solution.residual, found.seconds, note)
 
+# %% ../../nbs/04_influence/10_cross_scores.ipynb #54fb3382
+def _check_folded(train, val, folds, seed):
+    "Raise `ValueError` or `TypeError` for sets and folds that do not fit"
+    check_apart(train, val)
+    check_whole('folds', folds, 2)
+    check_seed(seed)
+
 # %% ../../nbs/04_influence/10_cross_scores.ipynb #e0263ed1
 @_measured
 def cross_scores(
@@ -305,8 +313,7 @@ def cross_scores(
     check_score(score)
     check_instance('scoring', scoring, Scoring, 'give Scoring(solver, last_layer, ...)')
     check_scored(loss, scoring.val_loss, scoring.forward)
-    check_whole('folds', folds, 2)
-    check_seed(seed)
+    _check_folded(train, val, folds, seed)
     if views and not scoring.last_layer:
         raise ValueError("views are of the last layer; leave them out, or use last_layer=True")
     target = 'mean' if 'mean' in score else 'posterior'

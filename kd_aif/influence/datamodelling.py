@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..foundation.checks import indexed_values, is_series
 from ..foundation.core import check_fraction, check_whole, generator
 from .retraining import RetrainedLosses
 
@@ -137,7 +138,10 @@ def predicted_losses(
 def _in_order(scores):
     "float64 values in the order of the training rows"
     named = isinstance(index := getattr(scores, 'index', None), Tensor)
-    values = torch.as_tensor(scores.values if named else scores).detach().double().cpu()
+    values = scores.values if named else scores
+    if is_series(values):
+        values, _ = indexed_values('scores', values, range(len(values)), 'the rows that fit gets')
+    values = torch.as_tensor(values).detach().double().cpu()
     if not named:
         return values
     order = index.cpu().argsort()

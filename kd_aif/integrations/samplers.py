@@ -13,17 +13,19 @@ from torch.utils.data import WeightedRandomSampler
 
 from ..distillation.weighting import Fixed, Reweighting
 from ..foundation.batches import find_positions
-from ..foundation.checks import check_seed, check_switch
+from ..foundation.checks import check_seed, check_switch, indexed_values, is_series
 from ..foundation.core import check_whole, generator
 
 # %% ../../nbs/08c_integrations/01_samplers.ipynb #04bed215
 def _check_source(source, weights):
     "Raise `TypeError` or `ValueError` for something that holds no weights"
-    if isinstance(source, Tensor) or not hasattr(source, 'index') or callable(source.index):
+    vector = isinstance(source, Tensor) or is_series(source)
+    if vector or not hasattr(source, 'index') or callable(source.index):
         if weights is None:
+            also = ', such as run.samples.index and a column' if is_series(source) else ''
             raise TypeError(
                 f'source is a {type(source).__name__}; give a run of distill, or the index of the samples and '
-                'their weights'
+                f'their weights{also}'
             )
         return
     if not hasattr(source, 'weights'):
@@ -116,7 +118,7 @@ def _positions(index, order):
             f'order is None, but the index of the {len(index)} samples is not their position 0 to {len(index) - 1}; '
             'give order, the stable index at each position of the data set'
         )
-    order = torch.as_tensor(order)
+    order = torch.as_tensor(order.to_numpy(copy=True) if is_series(order) else order)
     place, known = find_positions(index, order)
     if not known.all():
         raise ValueError(
@@ -126,7 +128,7 @@ def _positions(index, order):
     return place
 
 # %% ../../nbs/08c_integrations/01_samplers.ipynb #dd80211f
-def _with_classes(probability, class_weights, y):
+def _with_classes(probability, class_weights, y, order):
     "Weights of the positions, times those of their classes"
     if class_weights is None:
         return probability
@@ -135,6 +137,7 @@ def _with_classes(probability, class_weights, y):
         raise ValueError(
             f'y is {found}, but the run has class weights; give the labels at all {len(probability)} positions'
         )
+    y, _ = indexed_values('y', y, torch.arange(len(probability)) if order is None else order, 'the positions')
     return probability * class_weights.cpu()[torch.as_tensor(y).cpu()]
 
 # %% ../../nbs/08c_integrations/01_samplers.ipynb #52af35ab
@@ -153,7 +156,7 @@ def weighted_sampler(
     check_switch('replacement', replacement)
     check_seed(seed)
     index, values, class_weights = _by_increasing_index(source, weights)
-    drawn = _with_classes(values[_positions(index, order)].double(), class_weights, y)
+    drawn = _with_classes(values[_positions(index, order)].double(), class_weights, y, order)
     n, positive = len(drawn), int((drawn > 0).sum())
     n = n if num_samples is None else check_whole('num_samples', num_samples)
     if not replacement and n > positive:

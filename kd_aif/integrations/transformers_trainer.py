@@ -18,6 +18,7 @@ from torch import nn
 
 # %% ../../nbs/08c_integrations/03_transformers_trainer.ipynb #b689f1dd
 from ..distillation.objective import Objective
+from ..foundation.checks import check_unshared
 from ..foundation.core import evaluating
 from ..foundation.losses import weighted_mean
 from ..foundation.reprs import ShortRepr
@@ -89,10 +90,8 @@ def _check_teacher(model, teacher):
         return
     if not isinstance(teacher, nn.Module):
         raise TypeError(f'teacher is a {type(teacher).__name__}; give a network, CachedLogits, or None')
-    if teacher is model:
-        raise ValueError(
-            'teacher is the model that is trained; give another network, or copy.deepcopy(model)'
-        )
+    if isinstance(model, nn.Module):
+        check_unshared('teacher', teacher, model, 'the model that is trained')
 
 # %% ../../nbs/08c_integrations/03_transformers_trainer.ipynb #ab836127
 def _check_index(dataset, tables):

@@ -16,6 +16,7 @@ from torch import nn, Tensor
 from ..data.given_loaders import run_batches
 from ..data.mixed_batches import MixedBatches
 from ..foundation.core import check_fraction, generator
+from ..foundation.held_out import check_apart
 from ..influence.cross_scores import CrossScores
 from ..influence.self_influence import self_influence
 from .inputs import check_labels, check_values
@@ -116,6 +117,7 @@ def self_influence_cross(
 ) -> CrossScores:  # one fold: minus the self-influence of training samples; that of val as reference
     """Negative self-influence for `calibrated_weights`; raises `ValueError` as `self_influence`.
     Score: Koh and Liang (2017), section 5.4; as a calibrated score, ours."""
+    check_apart(train, val)
     both = MixedBatches(*run_batches(train, val)[:2]).eval_view()
     samples = [(b['y'], b['held_out']) for b in both]
     y, held_out = (torch.cat(o).cpu() for o in zip(*samples))

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 # %% ../../nbs/08b_trust/09_explain.ipynb #120a699a
+from ..data.given_loaders import as_batches
 from ..data.sample_galleries import can_be_shown, with_gallery, words_alone
 from kd_aif.data.sample_views import (
     _check_batches,
@@ -202,6 +203,7 @@ def explain_all(
     """What the training samples say for and against predictions. Koh and Liang (2017), with the sign turned.
     Raises `ValueError` or `TypeError` for inputs, labels and batches that do not fit."""
     _check_arguments(model, train, loss, forward, classes)
+    train = as_batches('train', train)
     batch, classes = _as_batch(x), classes or class_names(train)
     log_p = _log_probabilities(model, batch, forward)
     chosen = _chosen_classes(label, log_p, classes)

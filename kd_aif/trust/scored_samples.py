@@ -22,6 +22,7 @@ from ..distillation.out_of_fold import calibrate_folds, score_folds
 from ..distillation.sample_table import sample_table
 from ..foundation.batches import eval_view
 from ..foundation.checks import check_network
+from ..foundation.held_out import check_apart
 from ..foundation.losses import batch_cross_entropy
 from ..foundation.splits import class_groups
 from ..influence.cross_scores import cross_scores, Scoring
@@ -109,6 +110,7 @@ def score_samples(
     """Score and calibrate the samples of a trained model, without any training.
     Raises `ValueError`/`TypeError` as `cross_scores`, `calibrated_weights` and `sample_table` do"""
     model = check_network('model', model)
+    check_apart(train, val)
     train, val, _ = run_batches(train, val)
     scores = cross_scores(model, loss, eval_view(train), eval_view(val), score, seed=seed, scoring=scoring)
     labels, reference_labels = class_groups(scores.labels), [class_groups(l) for l in scores.reference_labels]
@@ -142,6 +144,7 @@ def score_out_of_fold(
     **options,  # of `score_folds`: loss, score, seed, progress
 ) -> ScoredSamples:  # table and calibration of all samples, and the models
     "Score and calibrate all samples by models that have not seen them; raises as `score_folds` and `sample_table` do"
+    check_apart(train, val)
     train, val, _ = run_batches(train, val)
     found, samples = score_folds(fit, train, val, folds, forward=forward, **options)
     calibration, untested = calibrate_folds(found, samples), calibrate_folds(found, samples, 1.0, False)

@@ -128,16 +128,18 @@ def ordered(batches):
 
 @pytest.mark.filterwarnings('ignore::UserWarning')
 def test_plain_loaders_everywhere():
-    model, known = small(1), by_hand(X, Y)
+    model, known, val = small(1), by_hand(X, Y), by_hand(X, Y)
     loader = DataLoader(Rows(pair), SIZE, shuffle=True)
     pairs = {
         'self': lambda b: self_influence(model, batch_cross_entropy, b, progress=False).values,
-        'cross': lambda b: cross_scores(model, batch_cross_entropy, b, b).values,
+        'cross': lambda b: cross_scores(model, batch_cross_entropy, b, val).values,
         'evaluate': lambda b: torch.tensor(evaluate(model, b)['loss']),
         'predict': lambda b: predict(model, b)[0],
         'probabilities': lambda b: out_of_fold_probabilities(lambda _: model, b),
-        'out of fold': lambda b: out_of_fold_weights(lambda _: model, b, b, progress=False)[0].values,
-        'self cross': lambda b: self_influence_cross(model, batch_cross_entropy, b, b, progress=False).values,
+        'out of fold': lambda b: out_of_fold_weights(lambda _: model, b, val, progress=False)[0].values,
+        'self cross': lambda b: (
+            self_influence_cross(model, batch_cross_entropy, b, val, progress=False).values
+        ),
     }
     for name, call in pairs.items():
         torch.testing.assert_close(call(loader), call(known), msg=name)

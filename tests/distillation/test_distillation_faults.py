@@ -133,7 +133,7 @@ RUNS = {
     'one network twice': (
         dict(student=SAME, teacher=SAME),
         ValueError,
-        'teacher is the student itself; give another',
+        'teacher is the student itself; give another network',
     ),
     'teacher of other classes': (
         dict(teacher=net(5)),

@@ -100,9 +100,11 @@ def test_what_is_suspicious_weighs_less(weigh):
 
 def test_self_influence_as_cross_scores():
     "The same samples on both sides are treated alike, though their indices coincide; calibration then changes nothing."
-    a = [double(b) for b in cut(train, 16)]
+    a, again = ([double(b) for b in cut(train, 16)] for _ in range(2))
     model = linear()
-    found = self_influence_cross(model, batch_cross_entropy, a, a, solver=Exact(damping=0.1), progress=False)
+    found = self_influence_cross(
+        model, batch_cross_entropy, a, again, solver=Exact(damping=0.1), progress=False
+    )
     assert (
         torch.allclose(found.values[0], found.reference[0])
         and (found.values <= 0).all()
