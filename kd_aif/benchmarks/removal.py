@@ -98,7 +98,7 @@ def _strongest(explanation, train, k):
         raise RuntimeError('the explanation does not have the order of the training set')
     return explanation.values.argsort(descending=True, stable=True)[:k]
 
-
+# %% ../../nbs/11_benchmarks/22_removal.ipynb #9e5cc504
 def _random(label, train, k, number):
     "Rows of k random samples of a class"
     alike = (train.y.cpu() == label).nonzero()[:, 0]
@@ -132,7 +132,7 @@ def _kept(n, removed):
     every = torch.arange(n)
     return [every, *(every[~torch.isin(every, rows)] for rows in torch.cat(removed))]
 
-
+# %% ../../nbs/11_benchmarks/22_removal.ipynb #856a90b0
 def removal_refits(
     task: Task,  # of images
     removed: list,  # of (3, k) rows, for each image

@@ -141,9 +141,7 @@ def _network_inside(name, model, training):
 def distill(
     student: nn.Module,  # trained in place
     teacher: nn.Module | None,  # should have seen train and val, or neither; 'both' may train it on in place
-    train: Iterable[
-        dict
-    ],  # batches: dicts of 'index', 'y' and inputs ('x'), see `samples`; or a plain DataLoader
+    train: Iterable[dict],  # batches: dicts of 'index', 'y' and inputs ('x'), see `samples`; or a plain DataLoader
     val: Iterable[dict],  # the same of held-out samples whose labels are good, from the same source as train
     *,
     mechanism: str | None = None,  # None (no scores), 'student' or 'both'

@@ -161,7 +161,7 @@ def refit_teacher(self: Session) -> None:
     self.teacher_was_trained, self.views = True, None  # the logits of the views are those of the old layer
     self._refit(self.teacher, refit)
 
-
+# %% ../../nbs/06_distillation/10_session.ipynb #5d32fed2
 @patch
 def _refit(self: Session, network, refit):
     if self.progress.waiting:

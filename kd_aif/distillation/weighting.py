@@ -87,9 +87,7 @@ class Fixed(ShortRepr):
     "Weights that are given; raises `ValueError` for weights that are not finite, negative or all zero"
 
     values: Tensor  # (n,) weights of the training samples, or (n + m,) with those of the validation samples after them
-    index: Tensor | None = (
-        None  # their stable index; None: that of a pandas Series, else the order of the batches
-    )
+    index: Tensor | None = None  # their stable index; None: that of a Series, else the order of the batches
     class_weighting: ClassWeighting | None = None  # None: no class weights
 
     def __post_init__(self):

@@ -29,7 +29,7 @@ def _ones(c):
 def _oracle_weights(c):
     return oracle_weights(c.all_noisy, c.all_y)
 
-
+# %% ../../nbs/10_experiments/08b_refits.ipynb #0c52c54a
 def _part_weights(c, score):
     "Calibrated weights from a part of the score"
 
