@@ -310,7 +310,7 @@ def test_no_second_round_without_doubts(monkeypatch):
 
 def test_second_round_wants_another_teacher(teacher):
     one = model(9, 16)
-    with pytest.raises(ValueError, match='same network twice'):
+    with pytest.raises(ValueError, match='the previous teacher itself'):
         distill(
             model(1),
             teacher,
