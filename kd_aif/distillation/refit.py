@@ -129,16 +129,16 @@ def refit_on(
     forward: Callable = default_forward,  # forward(model, batch) -> logits
 ) -> None:
     "Fit the last layer anew to the samples of a run; raises `ValueError` as `refit_last_layer` does"
-    sets = [data.train, data.val] if data.include_validation and refit.train else [data.train]
-    sets = sets if refit.train else [data.val]
+    sets = [data.train] if refit.train else []
+    if data.include_validation or not refit.train:
+        sets.append(data.val)
     with evaluating(model):
         layer = replaceable_layer(model, data.samples.first, forward)
         check_refit_labels(data, layer.weight.shape[0], refit)
         pairs = [_features(model, eval_view(batches), forward, layer) for batches in sets]
     features, labels = (torch.cat(parts) for parts in zip(*pairs))
-    n = len(data.samples)
     if not refit.train:
-        weights = weights[n:] if len(weights) > n else torch.ones(len(labels))
+        weights = weights[data.n :] if data.include_validation else torch.ones(len(labels))
     _replace(layer, features, labels, weights.cpu(), refit, data.val_samples.y)
 
 # %% ../../nbs/06_distillation/05b_refit.ipynb #c1511826

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from torch import nn
 
-from ..foundation.checks import check_function, check_instance, check_switch
+from ..foundation.checks import check_choice, check_function, check_instance, check_switch
 from ..foundation.core import check_positive, check_whole
 from ..foundation.reprs import ShortRepr
 
@@ -33,8 +33,7 @@ class Refit(ShortRepr):
     max_iter: int = 1000  # steps of L-BFGS
 
     def __post_init__(self):
-        if self.shares not in SHARES:
-            raise ValueError(f"shares is {self.shares!r}; use one of {', '.join(SHARES)}")
+        check_choice('shares', self.shares, SHARES)
         check_positive('l2', self.l2)
         check_switch('train', self.train)
         check_whole('max_iter', self.max_iter)

@@ -48,10 +48,11 @@ def calibrated_vector(
 def sample_weights(
     c: Context,  # data and settings
     teacher: nn.Module | None = None,  # who scores; default the shared teacher
+    score: tuple = ('mean', 'loss'),  # what is scored, see `cross_scores`
 ) -> Tensor:  # (n + m,)
-    "The sample weights of KD-AIF"
+    "The sample weights of KD-AIF, or those of a part of their score"
 
-    def score(*samples):
-        return cross_scores(*samples, seed=c.task.seed, scoring=Scoring(progress=False))
+    def scores(*samples):
+        return cross_scores(*samples, score, seed=c.task.seed, scoring=Scoring(progress=False))
 
-    return calibrated_vector(c, score, teacher)
+    return calibrated_vector(c, scores, teacher)

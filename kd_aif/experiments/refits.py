@@ -15,9 +15,8 @@ from ..distillation.refit import Refit, refit_last_layer
 from ..distillation.result import network_metrics
 from .context import Context
 from .controls import DISTILLED
-from .given_weights import calibrated_vector, sample_weights, train_with
+from .given_weights import sample_weights, train_with
 from .kd_aif_methods import PART
-from ..influence.cross_scores import cross_scores, Scoring
 from ..reporting.methods import Method, register
 from ..rivals.fixed_weights import oracle_weights
 
@@ -30,16 +29,7 @@ def _oracle_weights(c):
     return oracle_weights(c.all_noisy, c.all_y)
 
 # %% ../../nbs/10_experiments/08b_refits.ipynb #0c52c54a
-def _part_weights(c, score):
-    "Calibrated weights from a part of the score"
-
-    def part(*samples):
-        return cross_scores(*samples, score, seed=c.task.seed, scoring=Scoring(progress=False))
-
-    return calibrated_vector(c, part)
-
-
-_loss_weights, _mean_weights = (partial(_part_weights, score=score) for score in (('loss',), ('mean',)))
+_loss_weights, _mean_weights = (partial(sample_weights, score=score) for score in (('loss',), ('mean',)))
 
 # %% ../../nbs/10_experiments/08b_refits.ipynb #662073a1
 def _fit_last(c, network, options, refit):

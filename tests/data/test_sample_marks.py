@@ -114,7 +114,10 @@ def test_images_in_memory():
 
 ROW = dict(index=[1], decision=['drop'], given=['a'], label=[''])
 WRONG = {
-    'another path': (dict(path=['b/1.png']), "row 0 .* is about path 'b/1.png', but .* now is 'a/1.png'.*put the files"),
+    'another path': (
+        dict(path=['b/1.png']),
+        "row 0 .* is about path 'b/1.png', but .* now is 'a/1.png'.*put the files",
+    ),
     'no path': (dict(path=[None], sample=['x']), "names samples by the column 'sample', which this data does not"),
     'a hash': (dict(sample=['h12']), "column 'sample', which this data does not have .*it has 'path'.*remove the col"),
     'one path missing': (

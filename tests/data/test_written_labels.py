@@ -59,7 +59,10 @@ def test_no_two_names_become_one_class(way, labels, classes, tmp_path, words):
 @pytest.mark.parametrize(
     'labels, message',
     [
-        (['2.10', '2.1', '3.1'], r"'2.10' \(row 0\) and '2.1' \(row 1\) are two ways to write one number; give classes=\(\)"),
+        (
+            ['2.10', '2.1', '3.1'],
+            r"'2.10' \(row 0\) and '2.1' \(row 1\) are two ways to write one number; give classes=\(\)",
+        ),
         (['1.0', '2', '1'], r"'1.0' \(row 0\) and '1' \(row 2\) are two ways"),
         (['0,5', '1,25', '2'], 'labels have a decimal comma; write them with a point'),
         (['0.5', 'nan', '1'], "row 1: label 'nan' is not finite"),
