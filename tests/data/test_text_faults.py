@@ -44,7 +44,7 @@ def run(train, student=None, teacher=None, val=None, **options):
     before = [p.clone() for p in student.parameters()]
     try:
         return distill(
-            student, teacher, train, val or train, training=Training(epochs=1, progress=False), **options
+            student, teacher, train, val or list(train), training=Training(epochs=1, progress=False), **options
         )
     except Exception:
         assert all(torch.equal(a, b) for a, b in zip(before, student.parameters())), 'something was trained'
@@ -263,12 +263,13 @@ class LikeABatch:
 
 @pytest.mark.parametrize('mechanism', [None, 'student', 'both'])
 def test_batches_that_are_only_like_dictionaries(mechanism, words):
-    plain = list(text_batches((TEXTS, LABELS), words(), batch_size=4, shuffle=False))
+    plain, held = (list(text_batches((TEXTS, LABELS), words(), batch_size=4, shuffle=False)) for _ in range(2))
     found = []
-    for batches in (plain, list(map(LikeABatch, plain))):
+    for like in (dict, LikeABatch):
         torch.manual_seed(0)
-        student, teacher = Reader(), Reader()
-        found.append(run(batches, student, teacher, mechanism=mechanism, test=batches).metrics)
+        student, teacher, batches = Reader(), Reader(), list(map(like, plain))
+        val = list(map(like, held))
+        found.append(run(batches, student, teacher, val, mechanism=mechanism, test=val).metrics)
     assert found[0] == found[1]
     with pytest.raises(TypeError, match="batches are list; yield a dict with 'x', 'y' and 'index'"):
         run([[b['y'], b['index']] for b in plain])

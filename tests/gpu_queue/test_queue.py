@@ -398,7 +398,7 @@ def test_a_machine_without_the_package_runs_its_parts(tmp_path):
     )
     kd_aif_queue('pack', **here, packs=f'{tmp_path}/parts', megabytes=1.0)
     parts = sorted((tmp_path / 'parts').iterdir())
-    assert len(parts) == 2 and all(bytes_in(p) <= 1e6 for p in parts)
+    assert len(parts) >= 2 and all(bytes_in(p) <= 1e6 for p in parts)
     there = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'KD_AIF_DATA')}
     there |= dict(
         KD_AIF_QUEUE=str(tmp_path / 'there'), PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}'

@@ -354,7 +354,7 @@ def test_committed_records():
     old = {'need', 'need_ratio', 'borrow'}
     assert not [r for r in found if old & {*r.config, *r.metrics, *r.seconds}]
     assert not [r for r in found if isinstance(r.config.get('score'), str)]
-    benchmarks = {'loop', 'quality', 'ssl_cost', 'last_layers', 'all_layers', 'cleaning'}
+    benchmarks = {'loop', 'quality', 'ssl_cost', 'last_layers', 'all_layers', 'cleaning', 'explain'}
     benchmarks |= {r.method for r in found if r.experiment == '25_speed_and_fidelity'}
     assert {r.method for r in found if r.method not in METHODS} <= benchmarks
 
