@@ -148,7 +148,7 @@ class Lab:
         page.wait_for_selector('.jp-RenderedMarkdown h1', timeout=MINUTE)
         page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=2 * MINUTE)
 
-    def run_all(self, page, minutes=5):
+    def run_all(self, page, minutes=15):
         "All cells, from the menu; then the notebook is saved"
         page.locator('.lm-MenuBar-itemLabel', has_text='Run').click()
         page.locator('.lm-Menu-itemLabel').get_by_text('Run All Cells', exact=True).click()

@@ -6,14 +6,9 @@
 __all__ = ['shared_weights', 'replaceable_layer', 'check_refit_labels', 'refit_on', 'refit_last_layer']
 
 # %% ../../nbs/06_distillation/05b_refit.ipynb #8eb036ec
-import warnings
 from collections.abc import Callable, Iterable
 
-import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from torch import nn, Tensor
 
 # %% ../../nbs/06_distillation/05b_refit.ipynb #025a992b
@@ -26,6 +21,7 @@ from ..foundation.checks import check_instance, check_network
 from ..foundation.core import evaluating
 from ..foundation.held_out import check_apart
 from ..models.features import default_forward, features_and_logits, find_classifier
+from ..models.logistic_fit import fit_logistic
 
 # %% ../../nbs/06_distillation/05b_refit.ipynb #48c4146c
 def shared_weights(
@@ -51,26 +47,6 @@ def _wanted(refit, labels, val_labels, n_classes):
         return None
     counts = torch.bincount(val_labels if refit.shares == 'validation' else labels, minlength=n_classes)
     return counts if refit.shares == 'validation' else (counts > 0).double()
-
-# %% ../../nbs/06_distillation/05b_refit.ipynb #033d5bff
-def _fitted(features, labels, weights, refit, bias):
-    "(C, d) weights and (C,) bias of the optimum"
-    scaler = StandardScaler(with_mean=bias).fit(features)
-    C = (2 if len(np.unique(labels)) == 2 else 1) / (refit.l2 * weights.sum())
-    solver = LogisticRegression(C=C, max_iter=refit.max_iter, fit_intercept=bias, tol=1e-5)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', ConvergenceWarning)
-        try:
-            solver.fit(scaler.transform(features), labels, sample_weight=weights)
-        except ConvergenceWarning:
-            raise ValueError(
-                f'max_iter={refit.max_iter}: the last layer has not converged; allow more steps or give a larger l2'
-            ) from None
-    W, b = solver.coef_, solver.intercept_
-    if len(W) == 1:  # two classes: the first one is the other side
-        W, b = np.concatenate([-W, W]) / 2, np.concatenate([-b, b]) / 2
-    W = W / scaler.scale_
-    return W, (b - W @ scaler.mean_ if bias else None)
 
 # %% ../../nbs/06_distillation/05b_refit.ipynb #779b492f
 @torch.no_grad()
@@ -152,7 +128,7 @@ def _replace(layer, features, labels, weights, refit, val_labels):
             f'weighting: class {int(missing[0])} has no sample with a weight above 0; give it some'
         )
     given = features[used].numpy(), labels[used].numpy(), weights[used].double().numpy()
-    W, b = _fitted(*given, refit, layer.bias is not None)
+    W, b = fit_logistic(*given, refit.l2, refit.max_iter, layer.bias is not None)
     with torch.no_grad():
         layer.weight.copy_(torch.as_tensor(W).view_as(layer.weight))
         if b is not None:

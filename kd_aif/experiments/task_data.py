@@ -20,6 +20,7 @@ from kd_aif.data.label_noise import (
     symmetric_noise,
 )
 from ..data.loaders import ImageBatches
+from ..data.shifts import coloured_corner, other_domain
 from ..data.sources import load_images
 from ..data.texts import TextData
 from ..distillation.distill import distill
@@ -70,6 +71,19 @@ def _disturbed(task, train, root):
     kinds = dict(symmetric=symmetric_noise, asymmetric=asymmetric_noise, shuffled=shuffled_noise)
     return kinds[task.noise](train, task.rate, task.seed)
 
+# %% ../../nbs/10_experiments/02_task_data.ipynb #880b3a12
+def _shifted(task, train, val, test):
+    "The three sets with a shift"
+    if task.shift == 'none':
+        return train, val, test
+    if task.shift != 'corner':
+        return other_domain(train, task.shift_rate, task.seed, task.shift), val, test
+    rates = task.shift_rate, 0.0, 0.5
+    return tuple(
+        coloured_corner(data, rate, 3 * task.seed + k)
+        for k, (data, rate) in enumerate(zip((train, val, test), rates))
+    )
+
 # %% ../../nbs/10_experiments/02_task_data.ipynb #02-task-data-009
 def task_data(
     task: Task,  # what to load
@@ -86,7 +100,7 @@ def task_data(
         val = symmetric_noise(val, task.val_rate, task.seed + 1)
     if task.val_shift:
         val = corrupt(val, task.val_shift, task.seed)
-    return train, val, test
+    return _shifted(task, train, val, test)
 
 # %% ../../nbs/10_experiments/02_task_data.ipynb #02-task-data-012
 def describe_data(
@@ -109,5 +123,7 @@ def describe_data(
         imbalance=task.imbalance,
         note=train.note,
     )
-    disturbed = dict(val_rate=task.val_rate, val_shift=task.val_shift)
+    disturbed = dict(val_rate=task.val_rate, val_shift=task.val_shift, shift_rate=task.shift_rate)
+    if task.shift != 'none':
+        disturbed['shift'] = task.shift
     return described | {k: v for k, v in disturbed.items() if v}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'LARGE', 'DIGITS', 'MINILM', 'LITE_TEXTS', 'FULL_TEXTS', 'TASKS', 'NOISES', 'TEXT_NOISES',
-           'REGRESSION_NOISES', 'PRECISIONS', 'DataSettings', 'NetworkSettings', 'MethodSettings', 'TextSettings',
-           'Task', 'is_text', 'choose_task', 'check_choice', 'make_task']
+           'REGRESSION_NOISES', 'SHIFTS', 'PRECISIONS', 'DataSettings', 'NetworkSettings', 'MethodSettings',
+           'ShiftSettings', 'TextSettings', 'Task', 'is_text', 'choose_task', 'check_choice', 'make_task']
 
 # %% ../../nbs/10_experiments/01_tasks.ipynb #01-tasks-002
 import dataclasses
@@ -15,6 +15,7 @@ import torch
 
 from ..data.human_labels import HUMAN_LABELS
 from ..data.glue import glue_task
+from ..data.shifts import DOMAINS
 from ..foundation.core import check_fraction, check_positive, check_whole
 from ..foundation.reprs import ShortRepr
 from ..influence.cross_scores import SCORES
@@ -58,6 +59,14 @@ class MethodSettings:
     score: tuple | None = None  # parts of the score, see `SCORES`; None: mean,loss, for sigmoid weights mean
     pooled_reference: bool = True  # calibration compares with the reference samples of all classes
 
+# %% ../../nbs/10_experiments/01_tasks.ipynb #13934afb
+@dataclass(frozen=True, kw_only=True)
+class ShiftSettings:
+    "How the training images differ from those of validation and test"
+
+    shift: str = 'none'  # one of `SHIFTS`
+    shift_rate: float = 0.0  # fraction of the training images with it, 0 to 1
+
 # %% ../../nbs/10_experiments/01_tasks.ipynb #01-tasks-011
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
@@ -70,7 +79,7 @@ class TextSettings:
 
 # %% ../../nbs/10_experiments/01_tasks.ipynb #e7dfb309
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Task(ShortRepr, DataSettings, NetworkSettings, MethodSettings, TextSettings):
+class Task(ShortRepr, DataSettings, NetworkSettings, MethodSettings, TextSettings, ShiftSettings):
     "One setting of data, networks, training and weights"
 
     dataset: str  # name in `DATASETS`, or glue/ and a task of `GLUE`
@@ -148,6 +157,7 @@ def choose_task(
 NOISES = ('none', 'symmetric', 'asymmetric', 'instance', 'human', 'shuffled')
 TEXT_NOISES = ('none', 'symmetric', 'asymmetric')
 REGRESSION_NOISES = ('none', 'shuffled')
+SHIFTS = ('none', 'corner', *DOMAINS)
 PRECISIONS = dict(float32=None, bfloat16=torch.bfloat16)
 
 # %% ../../nbs/10_experiments/01_tasks.ipynb #01-tasks-020
@@ -213,16 +223,30 @@ def _check_text(task):
         check_whole('n_test', task.n_test, 10)
     regression = glue_task(task.dataset.removeprefix('glue/')).is_regression
     check_choice('noise', task.noise, REGRESSION_NOISES if regression else TEXT_NOISES)
-    images_only = dict(val_shift=0.0, label=None) | (dict(imbalance=1.0, val_rate=0.0) if regression else {})
+    images_only = dict(val_shift=0.0, label=None, shift='none', shift_rate=0.0) | (
+        dict(imbalance=1.0, val_rate=0.0) if regression else {}
+    )
     for name, default in images_only.items():
         if getattr(task, name) != default:
             kind = 'a regression' if regression else 'texts'
             raise ValueError(f"{name} is {getattr(task, name)!r}; {task.dataset} has {kind}, leave it out")
 
+# %% ../../nbs/10_experiments/01_tasks.ipynb #05e64782
+def _check_shift(task):
+    "Kind and rate"
+    check_choice('shift', task.shift, SHIFTS)
+    check_fraction('shift_rate', task.shift_rate)
+    if (task.shift == 'none') != (task.shift_rate == 0):
+        raise ValueError(
+            f"shift is {task.shift!r} with shift_rate {task.shift_rate}; "
+            f"give both, such as shift='corner' and shift_rate=0.95, or neither"
+        )
+
 # %% ../../nbs/10_experiments/01_tasks.ipynb #39409288
 def _check_images(task):
     "Settings of images alone"
     check_choice('noise', task.noise, [n for n in NOISES if n != 'shuffled'])
+    _check_shift(task)
     for name, default in dict(freeze_embeddings=False, frozen_fraction=0.0, n_test=None).items():
         if getattr(task, name) != default:
             raise ValueError(f"{name} is {getattr(task, name)!r}, which is for texts; leave it out")

@@ -30,7 +30,7 @@ from ..distillation.objective import Objective, regression_objective
 from ..distillation.trainer import Training
 from ..distillation.transformer_training import transformer_training
 from .storage import Storage, TRAINING_CODE
-from .tasks import is_text, MethodSettings, PRECISIONS, Task, TextSettings
+from .tasks import is_text, MethodSettings, PRECISIONS, ShiftSettings, Task, TextSettings
 from ..foundation.core import atomic_write, WriteError
 from ..models.build import build_model, load_model, save_model
 from kd_aif.models.text import (
@@ -161,9 +161,9 @@ def teacher_path(
     storage: Storage = Storage(),  # its folder, and what stands for the code
 ) -> Path:  # it need not exist
     "File of the trained teacher"
-    left_out = {*STUDENT_SETTINGS} | (
-        set() if is_text(task) else {f.name for f in dataclasses.fields(TextSettings)}
-    )
+    left_out = {*STUDENT_SETTINGS}
+    for unused, group in ((not is_text(task), TextSettings), (task.shift == 'none', ShiftSettings)):
+        left_out |= {f.name for f in dataclasses.fields(group)} if unused else set()
     settings = {k: v for k, v in dataclasses.asdict(task).items() if k not in left_out}
     data = train.fingerprint, val.fingerprint, with_val
     code = torch.__version__, train.y.device.type, storage.code(*TRAINING_CODE)

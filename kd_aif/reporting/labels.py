@@ -116,6 +116,8 @@ DATA_SETTINGS = {
     'imbalance': lambda v: 'balanced classes' if v == 1 else f'imbalance ratio {_value(v)}',
     'val_rate': lambda v: f'validation labels {percent(v)} wrong' if v else 'validation labels right',
     'val_shift': lambda v: f'validation images {percent(v)} shifted' if v else 'validation images unshifted',
+    'shift': lambda v: {'none': 'no shift', 'corner': 'a corner that names the class'}.get(v, f'{v} images'),
+    'shift_rate': lambda v: f'in {percent(v)} of the training images',
     'n_train': lambda v: 'all training samples' if v is None else f'{v:,} training samples',
     'n_val': lambda v: f'{v:,} validation samples',
     'n_test': lambda v: f'{v:,} test samples',

@@ -54,18 +54,40 @@ class ReweightingCallback:
             self._start(step)
         self._epoch = step.epoch
 
+# %% ../../nbs/07_rivals/05_reweighting.ipynb #c83c3017
+def _sorted_groups(groups, index):
+    "Increasing indices, and their groups; ValueError or TypeError for groups that do not fit"
+    for name, values in dict(groups=groups, index=index).items():
+        if not torch.is_tensor(values) or values.dtype != torch.int64 or values.ndim != 1:
+            found = (
+                f'{values.dtype} {tuple(values.shape)}' if torch.is_tensor(values) else type(values).__name__
+            )
+            raise TypeError(f'{name} is {found}; give an int64 tensor (k,), one number for each sample')
+    if len(groups) != len(index) or not len(groups) or int(groups.min()) < 0:
+        raise ValueError(
+            f'groups has {len(groups)} entries for {len(index)} in index; give each sample one group, from 0'
+        )
+    if len(index.unique()) < len(index):
+        raise ValueError('index names a sample twice; give each sample one group')
+    order = index.cpu().argsort()
+    return index.cpu()[order], groups.cpu()[order]
+
 # %% ../../nbs/07_rivals/05_reweighting.ipynb #05-reweighting-012
 @dataclass(eq=False)
 class GroupDRO(ReweightingCallback):
-    """A reweighting callback whose groups are the given classes. Sagawa et al. (2020), Algorithm 1.
-    Raises `ValueError` for a step `eta` ≤ 0 or a model with another number of classes."""
+    """A reweighting callback whose groups are the given classes, or known. Sagawa et al. (2020), Algorithm 1.
+    Raises `ValueError` for a step `eta` ≤ 0, groups that do not fit, a model with another number of classes."""
 
     n_classes: int  # number of classes C
     eta: float = 0.01  # step of the exponentiated gradient
+    groups: Tensor | None = None  # (k,) int64 group of each sample that has one, from 0; None: the class
+    index: Tensor | None = None  # (k,) int64 stable index of these samples
 
     def __post_init__(self):
         check_positive('eta', self.eta)
         check_whole('n_classes', self.n_classes, 2)
+        if self.groups is not None:
+            self._keys, self._known = _sorted_groups(self.groups, self.index)
 
     def _start(self, step):
         if step.logits.shape[1] != self.n_classes:
@@ -73,19 +95,30 @@ class GroupDRO(ReweightingCallback):
                 f"n_classes is {self.n_classes}, but the model has {step.logits.shape[1]} classes; "
                 "give that number"
             )
-        self.q = torch.full((self.n_classes,), 1 / self.n_classes, device=step.losses.device)
+        n = self.n_classes if self.groups is None else int(self.groups.max()) + 1
+        self.q = torch.full((n,), 1 / n, device=step.losses.device)
+
+# %% ../../nbs/07_rivals/05_reweighting.ipynb #686d8ca3
+@patch
+def _groups_of(self: GroupDRO, batch):
+    "(b,) group of each row, zero where none is known, and (b,) whether it counts"
+    if self.groups is None:
+        return batch['y'], training_rows(batch)
+    place, known = find_positions(self._keys, batch['index'].cpu())
+    groups = torch.where(known, self._known[place.clamp(0, len(self._known) - 1)], 0)
+    return groups.to(batch['y'].device), known.to(batch['y'].device)
 
 # %% ../../nbs/07_rivals/05_reweighting.ipynb #05-reweighting-014
 @patch
 def __call__(self: GroupDRO, step):
     "Update q, and give the weights (b,) under which the mean loss is the objective"
     self.follow(step)
-    is_training = training_rows(step.batch)
-    member = F.one_hot(step.batch['y'], self.n_classes).T * is_training
+    groups, counted = self._groups_of(step.batch)
+    member = F.one_hot(groups, len(self.q)).T * counted
     count = member.sum(1).clamp_min(1)
     increase = self.eta * (member.float() @ step.losses.detach().float()) / count
     self.q = (self.q.log() + increase).softmax(0)
-    return torch.where(is_training, (self.q * is_training.sum() / count)[step.batch['y']], 1.0)
+    return torch.where(counted, (self.q * counted.sum() / count)[groups], 1.0)
 
 # %% ../../nbs/07_rivals/05_reweighting.ipynb #05-reweighting-020
 class WeightRecorder(ReweightingCallback):
