@@ -21,6 +21,7 @@ import kd_aif.experiments.online_methods  # noqa: F401
 import kd_aif.experiments.oracles  # noqa: F401
 import kd_aif.experiments.refits  # noqa: F401
 import kd_aif.experiments.rival_weights  # noqa: F401
+import kd_aif.experiments.shift_methods  # noqa: F401
 import kd_aif.experiments.ssl_methods  # noqa: F401
 import kd_aif.experiments.text_methods  # noqa: F401
 from ..data.glue import GLUE
