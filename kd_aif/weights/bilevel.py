@@ -25,7 +25,9 @@ from ..foundation.losses import batch_cross_entropy
 from ..foundation.reprs import ShortRepr
 from ..foundation.splits import stratified_folds
 from ..influence.last_layer import last_layer_view
+from ..influence.iterative_solvers import CG
 from ..influence.last_layer_curvature import last_layer_curvature, last_layer_solver
+from ..influence.logit_products import LogitProducts
 from ..influence.used_solves import used_solution
 from ..models.features import default_forward
 from ..models.logistic_fit import fit_logistic
@@ -99,12 +101,18 @@ def _joined(a, b):
     "One view of the samples of two"
     return replace(a, **{name: torch.cat([getattr(a, name), getattr(b, name)]) for name in _FIELDS})
 
+# %% ../../nbs/05_weights/06_bilevel.ipynb #3f56051e
+def _solver(view, l2):
+    "A solver for the curvature of the view"
+    if isinstance(view.logit_hessians, LogitProducts):
+        return CG(damping=l2, max_iter=100, tol=1e-3, n_samples=None, preconditioner=None)
+    return replace(last_layer_solver(view), damping=l2)
+
 # %% ../../nbs/05_weights/06_bilevel.ipynb #4004877b
 def _influence(view, weights, gradient, l2):
     "(n,) by how much more weight on each sample lowers the loss with this gradient, in nats times n"
     weighted = replace(view, features=view.features * weights.sqrt()[:, None])
-    solver = replace(last_layer_solver(weighted), damping=l2)
-    s = used_solution(solver, last_layer_curvature(weighted), gradient, chosen=False).x
+    s = used_solution(_solver(weighted, l2), last_layer_curvature(weighted), gradient, chosen=False).x
     return view.scores(s)
 
 # %% ../../nbs/05_weights/06_bilevel.ipynb #0c38e49a

@@ -46,7 +46,11 @@ def test_corners_name_the_object_not_the_wrong_label(digits):
 BAD = {
     'agreement': (lambda d: coloured_corner(d, float('nan'), 0), ValueError, 'agreement is nan'),
     'size zero': (lambda d: coloured_corner(d, 0.9, 0, size=0), ValueError, 'size is 0'),
-    'too large': (lambda d: coloured_corner(d, 0.9, 0, size=20), ValueError, 'size is 20, but the images have 8'),
+    'too large': (
+        lambda d: coloured_corner(d, 0.9, 0, size=20),
+        ValueError,
+        'size is 20, but the images have 8',
+    ),
     'one class': (
         lambda d: coloured_corner(replace(d, y=d.y * 0, clean_y=d.y * 0, classes=('a',)), 0.9, 0),
         ValueError,
@@ -55,7 +59,11 @@ BAD = {
     'a list': (lambda d: coloured_corner([d], 0.9, 0), TypeError, 'data is a list'),
     'domain of a list': (lambda d: other_domain([d], 0.9, 0), TypeError, 'data is a list'),
     'share': (lambda d: other_domain(d, -0.5, 0), ValueError, 'share is -0.5'),
-    'kind': (lambda d: other_domain(d, 0.5, 0, 'blue'), ValueError, "kind is 'blue'; use one of grey, negative"),
+    'kind': (
+        lambda d: other_domain(d, 0.5, 0, 'blue'),
+        ValueError,
+        "kind is 'blue'; use one of grey, negative",
+    ),
 }
 
 
@@ -105,7 +113,11 @@ def test_a_record_has_the_worst_group_and_old_ones_stay_what_they_are(tmp_path):
 
 GROUPS = {
     'no index': (dict(groups=torch.tensor([0, 1])), TypeError, 'index is NoneType'),
-    'floats': (dict(groups=torch.tensor([0.0]), index=torch.tensor([0])), TypeError, 'groups is torch.float32'),
+    'floats': (
+        dict(groups=torch.tensor([0.0]), index=torch.tensor([0])),
+        TypeError,
+        'groups is torch.float32',
+    ),
     'one short': (dict(groups=torch.tensor([0]), index=torch.tensor([0, 1])), ValueError, '1 entries for 2'),
     'negative': (dict(groups=torch.tensor([-1]), index=torch.tensor([0])), ValueError, 'one group, from 0'),
     'twice': (dict(groups=torch.tensor([0, 1]), index=torch.tensor([3, 3])), ValueError, 'a sample twice'),
