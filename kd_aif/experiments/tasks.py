@@ -64,8 +64,8 @@ class MethodSettings:
 class ShiftSettings:
     "How the training images differ from those of validation and test"
 
-    shift: str = 'none'  # one of `SHIFTS`
-    shift_rate: float = 0.0  # fraction of the training images with it, 0 to 1
+    shift: str = 'none'  # of the training images: none, corner, grey or negative
+    shift_rate: float = 0.0  # fraction of them; of corners, how many name the class; 0 to 1
 
 # %% ../../nbs/10_experiments/01_tasks.ipynb #01-tasks-011
 @dataclass(frozen=True, kw_only=True)
