@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..distillation.trainer import Step
 from ..foundation.batches import find_positions
 from ..foundation.core import check_positive, check_whole
+from ..foundation.reprs import ShortRepr
 
 # %% ../../nbs/07_rivals/05_reweighting.ipynb #05-reweighting-005
 def training_rows(
@@ -73,8 +74,8 @@ def _sorted_groups(groups, index):
     return index.cpu()[order], groups.cpu()[order]
 
 # %% ../../nbs/07_rivals/05_reweighting.ipynb #05-reweighting-012
-@dataclass(eq=False)
-class GroupDRO(ReweightingCallback):
+@dataclass(eq=False, repr=False)
+class GroupDRO(ShortRepr, ReweightingCallback):
     """A reweighting callback whose groups are the given classes, or known. Sagawa et al. (2020), Algorithm 1.
     Raises `ValueError` for a step `eta` ≤ 0, groups that do not fit, a model with another number of classes."""
 
