@@ -110,7 +110,7 @@ def _under(vector):
 _worst = partial(bilevel_vector, settings=BilevelSettings(worst_class=0.25))
 _first = partial(bilevel_vector, settings=BilevelSettings(max_steps=1, step=3.0))
 _OURS, _RIVAL = dict(family='kd_aif', settings=DISTILLED), dict(family='weights', settings=DISTILLED)
-_TOLD = dict(family='oracle', needs_true_labels=True, settings=DISTILLED)
+_TOLD = dict(family='oracle', part='groups', needs_true_labels=True, settings=DISTILLED)
 
 # %% ../../nbs/10_experiments/08c_shift_methods.ipynb #0e88fecc
 register(

@@ -39,6 +39,7 @@ ROLES = {  # role -> what its methods are, in the order of legends
     'losses': 'other losses and teachers',
     'few_labels': 'other semi-supervised methods',
     'oracle': 'oracle: knows the wrong labels',
+    'groups': 'told the group of each sample',
     'check': 'check: weights without information',
 }
 

@@ -37,6 +37,7 @@ STYLES = {  # role -> style
     'losses': RoleStyle('#46880f', 'P', (0, (3, 1, 1, 1))),
     'few_labels': RoleStyle('#0891ac', 'X', (0, (8, 2))),
     'oracle': RoleStyle('#a92fd1', '*', (0, (1, 1))),
+    'groups': RoleStyle('#a04080', 'p', (0, (6, 1, 1, 1))),
     'check': RoleStyle('#65644f', 'h', (0, (2, 3))),
 }
 
