@@ -25,7 +25,7 @@ FAMILIES = {  # family -> what its methods are, in the order of tables and figur
     'assistant': 'assistants between teacher and student',
     'online': 'teachers that train together with the student',
     'few_labels': 'semi-supervised methods',
-    'oracle': 'oracles: they know which labels are wrong',
+    'oracle': 'oracles: they know which labels are wrong, or the groups',
     'score': 'ways to compute influence scores: they train nothing',
 }
 

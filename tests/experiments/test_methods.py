@@ -37,7 +37,6 @@ FORMS = (  # of published losses
 )
 OF_TEXTS = 'pkd_skip', 'pkd_last'  # look into the layers of transformers
 CORNERS = dict(noise='none', rate=0.0, shift='corner', shift_rate=0.9)
-KNOW_GROUPS = 'group_dro_known', 'balanced_groups'  # groups that only a task with corners has
 SHOWN = [
     m.name
     for m in runnable_methods().values()
@@ -49,7 +48,7 @@ SHOWN = [
     'method', [pytest.param(m, marks=cleanlab) if m == 'confident_learning' else m for m in SHOWN]
 )
 def test_every_method_runs_and_is_recorded(method, teachers, tmp_path):
-    changes = CORNERS if method in KNOW_GROUPS else {}
+    changes = CORNERS if METHODS[method].part == 'groups' else {}  # only corners have known groups
     record, found = run(method, teachers, tmp_path, **changes)
     chance = (
         0.15 if method in ('at', 'nst') else 0.5
