@@ -344,8 +344,8 @@ def _regression_fault(config):
     objective, weighting = config['objective'], config['weighting']
     if objective.label_loss is batch_cross_entropy or objective.teacher_loss is softened_divergence:
         return 'the objective compares classes; give objective=regression_objective()'
-    if 'posterior' in getattr(weighting, 'score', ()):
-        return "score 'posterior' weighs classes; use score=('mean', 'loss'), or 'mean' with Published"
+    if of_classes := {'posterior', 'adapted', 'probe'}.intersection(getattr(weighting, 'score', ())):
+        return f"score '{min(of_classes)}' is of classes; use ('mean', 'loss'), or 'mean' with Published"
     if isinstance(getattr(weighting, 'class_weighting', None), ClassWeighting):
         return 'class_weighting weighs classes; leave it out'
     if getattr(config['schedule'], 'generations', 1) > 1:

@@ -29,7 +29,9 @@ def _oracle_weights(c):
     return oracle_weights(c.all_noisy, c.all_y)
 
 # %% ../../nbs/10_experiments/08b_refits.ipynb #0c52c54a
-_loss_weights, _mean_weights = (partial(sample_weights, score=score) for score in (('loss',), ('mean',)))
+_loss_weights, _mean_weights, _adapted_weights, _probe_weights = (
+    partial(sample_weights, score=(score,)) for score in ('loss', 'mean', 'adapted', 'probe')
+)
 
 # %% ../../nbs/10_experiments/08b_refits.ipynb #662073a1
 def _fit_last(c, network, options, refit):
@@ -86,19 +88,28 @@ register(
     ),
 )
 
-# %% ../../nbs/10_experiments/08b_refits.ipynb #7fa52f34
-_ours, _both = partial(_without, weights=sample_weights), dict(mechanism='both')
-_loss, _mean, _told = (partial(_without, weights=w) for w in (_loss_weights, _mean_weights, _oracle_weights))
-_again = partial(_ours, again=True)
-_ORACLE = dict(family='oracle', needs_true_labels=True, settings=DISTILLED)
+# %% ../../nbs/10_experiments/08b_refits.ipynb #77fc7cde
+_both = dict(mechanism='both')
+_WEIGHTED = dict(
+    kd_aif_refit=('KD-AIF', sample_weights, _OURS),
+    adapted_refit=('KD-AIF, adapted last layer as score', _adapted_weights, _OURS),
+    refit_mean=('influence alone', _mean_weights, _OURS),
+    probe_refit=('probe of the validation samples', _probe_weights, _RIVAL),
+    refit_loss=('small loss, calibrated', _loss_weights, _RIVAL),
+)
+for _name, (_label, _weights, _family) in _WEIGHTED.items():
+    _run = partial(_without, weights=_weights)
+    register(Method(_name, f'{_label}, {_FITTED}', run=_run, **_FORM | _family, **_both))
 
+# %% ../../nbs/10_experiments/08b_refits.ipynb #fdbed4e3
+_again, _told = (
+    partial(_without, weights=sample_weights, again=True),
+    partial(_without, weights=_oracle_weights),
+)
+_ORACLE = dict(family='oracle', needs_true_labels=True, settings=DISTILLED)
+_label = f'KD-AIF, teacher trained again, {_FITTED}'
 register(
-    Method('kd_aif_refit', f'KD-AIF, {_FITTED}', run=_ours, **_FORM | _OURS, **_both),
-    Method(
-        'kd_aif_both_refit', f'KD-AIF, teacher trained again, {_FITTED}', run=_again, **_FORM | _OURS, **_both
-    ),
-    Method('refit_mean', f'influence alone, {_FITTED}', run=_mean, **_FORM | _OURS, **_both),
-    Method('refit_loss', f'small loss, calibrated, {_FITTED}', run=_loss, **_FORM | _RIVAL, **_both),
+    Method('kd_aif_both_refit', _label, run=_again, **_FORM | _OURS, **_both),
     Method('refit_oracle', f'oracle, {_FITTED}', run=_told, **_ORACLE, **_both),
 )
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 from kd_aif.foundation.core import evaluating
+from kd_aif.influence.adapted_head import adapt_head, head_samples
 from kd_aif.influence.curvature import FlatModel
 from kd_aif.foundation.splits import stratified_folds
-from kd_aif.influence.cross_scores import SCORES, Scoring, combine_scores, cross_scores, last_layer_views
+from kd_aif.influence.cross_scores import HEADS, SCORES, Scoring, combine_scores, cross_scores, last_layer_views
 from kd_aif.influence.directional import directional_scores
 from kd_aif.influence.last_layer import LAST_LAYER, TARGETS, last_layer_view
 from kd_aif.influence.scores import AllLayerOptions, InfluenceScores, all_layer_scores, influence_scores
@@ -515,9 +516,8 @@ def test_a_training_copy_of_a_reference_sample_gets_its_score(seed, what, folds,
     model, train, val = net(seed), rows(10, seed), rows(9, seed + 1, 500)
     both = joined(train, {**val, 'index': val['index'] + 1000})
     batches = cut(both, 7), cut(val, 4)
-    found = crossing(
-        model, *batches, what, folds=folds, seed=seed, solver=Exact(damping=0.1), last_layer=last_layer
-    )
+    options = {} if what in HEADS else dict(solver=Exact(damping=0.1), last_layer=last_layer)
+    found = crossing(model, *batches, what, folds=folds, seed=seed, **options)
     fold = stratified_folds(val['y'], folds, seed)
     assert (
         found.values.shape == (folds, 19)
@@ -553,6 +553,35 @@ def test_folds_are_balanced_within_each_class(labels, folds, seed):
     for c in y.unique():
         count = torch.bincount(fold[y == c], minlength=folds)
         assert count.max() - count.min() <= 1
+
+
+@pytest.mark.parametrize('what', HEADS)
+@pytest.mark.parametrize(
+    'setting', [dict(solver=LAM), dict(last_layer=False), dict(val_loss=batch_cross_entropy)], ids=str
+)
+def test_an_adapted_head_refuses_what_it_would_ignore(what, setting):
+    model, train, val = made(1)
+    with pytest.raises(ValueError, match='leave'):
+        crossing(model, cut(train, 5), cut(val), what, **setting)
+
+
+@quick
+@given(seeds, st.floats(0.1, 10.0))
+def test_an_adapted_head_fits_the_validation_samples_better(seed, l2):
+    model, train, val = made(seed)
+    views = last_layer_views(model, batch_cross_entropy, cut(train, 5), cut(val), progress=False)
+    theirs = head_samples(*views)[1]
+    before = -cross_entropy(theirs.logits, theirs.y, reduction='none')
+    head = adapt_head(theirs, l2)
+    assert head.residual < 1e-3
+    assert head.scores(theirs).sum() - l2 / 2 * head.change[:-1].square().sum() >= before.sum()
+
+
+def test_an_adapted_head_is_for_classes():
+    numbers = [{**samples, 'y': samples['x'].sum(1)} for samples in (rows(10, 0), rows(9, 1, 500))]
+    squared = lambda logits, batch: (logits[:, 0] - batch['y']).square()
+    with pytest.raises(ValueError, match='regression'):
+        crossing(nn.Linear(3, 1).double(), *([s] for s in numbers), ('adapted',), loss=squared)
 
 
 def test_loss_as_score_is_the_negative_loss():
