@@ -84,7 +84,7 @@ _jointly = partial(train_together, schedule=Every(2, 3, teacher_first=True), wei
 register(
     Method('kd_aif_student', 'KD-AIF, student', run=_student, **_STUDENT),
     Method('kd_aif_both', 'KD-AIF, teacher and student', run=_both, **_BOTH),
-    Method('kd_aif_twice', 'KD-AIF, two generations', run=_two, **_AGAIN),
+    Method('kd_aif_twice', 'KD-AIF, two generations', run=_two, needs=('classes',), **_AGAIN),
     Method('kd_aif_goes_on', 'KD-AIF, continued training of the teacher', run=_continued, **_AGAIN),
     Method('kd_aif_together', 'KD-AIF, joint training', run=_jointly, mechanism='joint', **_WEIGHTED),
 )
@@ -121,6 +121,7 @@ _quality_student, _quality_both = student_and_both(_no_class_weights)
 _quality_twice = partial(train_with, options=_second_generation)
 _need_both = partial(train_with, options=_class_weights)
 _need_student = partial(_need_both, student_only=True)
+_OF_CLASSES = _PLAIN | dict(needs=('classes',))
 _SAMPLE, _CLASS, _TWICE = 'sample weights alone', 'class weights alone', 'two generations'
 
 register(
@@ -134,8 +135,8 @@ register(
         base='quality_both',
         **_OURS,
     ),
-    Method('need_student', f'{_CLASS}, student', run=_need_student, mechanism='student', **_PLAIN),
-    Method('need_both', _CLASS, run=_need_both, mechanism='both', **_PLAIN),
+    Method('need_student', f'{_CLASS}, student', run=_need_student, mechanism='student', **_OF_CLASSES),
+    Method('need_both', _CLASS, run=_need_both, mechanism='both', **_OF_CLASSES),
 )
 
 # %% ../../nbs/10_experiments/07_kd_aif_methods.ipynb #07-kd-aif-methods-027

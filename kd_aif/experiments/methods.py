@@ -33,9 +33,10 @@ from .task_data import describe_data, task_data
 from .storage import run_name, Storage, TRAINING_CODE
 
 # %% ../../nbs/10_experiments/14_methods.ipynb #10013257
+from .fitting import fitting_method
 from .tasks import MethodSettings, ShiftSettings, Task, TextSettings
 from ..foundation.splits import class_groups
-from ..reporting.methods import method, Method, runnable_method
+from ..reporting.methods import method, Method
 from ..reporting.record_files import find_record, save_record
 from ..reporting.records import make_record
 from ..reporting.weight_plots import weight_diagnostics
@@ -172,8 +173,8 @@ def run_task(
     progress: bool = True,  # show bars
     more_metrics: Callable | None = None,  # more_metrics(run, context) -> further metrics of the record
 ) -> tuple:  # the `Record`, and the `Run` (None when the record was already there)
-    "Train a method on a task and record it, if it has no record. Raises `ValueError` for an unknown method"
-    used = runnable_method(method)  # an unknown one is found before anything is loaded
+    "Train a method on a task and record it, if it has no record. Raises `ValueError` for one that does not fit"
+    used = fitting_method(task, method)  # one that is unknown or unfit is found before anything is loaded
     train, val, test = task_data(task, root, progress)
     fields = run_identity(task, method, describe_data(task, train, val, test), experiment)
     planned = make_record(**fields, metrics={})

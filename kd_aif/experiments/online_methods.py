@@ -69,7 +69,7 @@ _okddip = partial(train_online, make=partial(_branches, kind=DiversePeers, n=3))
 
 register(
     Method('takd', 'TAKD', 'assistant', run=train_with_assistant, settings=DISTILLED),
-    Method('dml', 'DML', 'online', run=_dml),
-    Method('one', 'ONE', 'online', run=_one, needs_teacher=False),
-    Method('okddip', 'OKDDip', 'online', run=_okddip, needs_teacher=False),
+    Method('dml', 'DML', 'online', run=_dml, needs=('images',)),
+    Method('one', 'ONE', 'online', run=_one, needs_teacher=False, needs=('images',)),
+    Method('okddip', 'OKDDip', 'online', run=_okddip, needs_teacher=False, needs=('images',)),
 )

@@ -66,9 +66,9 @@ def _balanced(c, weights):
     return c.fixed(w / w.mean())
 
 # %% ../../nbs/10_experiments/08b_refits.ipynb #2ab62ee7
-_FORM = PART | dict(settings=DISTILLED)
+_FORM = PART | dict(settings=DISTILLED, needs=('classes',))
 _CONTROL, _OURS, _RIVAL = (
-    dict(family='control', settings=DISTILLED),
+    dict(family='control', settings=DISTILLED, needs=('classes',)),
     dict(family='kd_aif'),
     dict(family='weights'),
 )
@@ -106,7 +106,7 @@ _again, _told = (
     partial(_without, weights=sample_weights, again=True),
     partial(_without, weights=_oracle_weights),
 )
-_ORACLE = dict(family='oracle', needs_true_labels=True, settings=DISTILLED)
+_ORACLE = dict(family='oracle', needs_true_labels=True, settings=DISTILLED, needs=('classes',))
 _label = f'KD-AIF, teacher trained again, {_FITTED}'
 register(
     Method('kd_aif_both_refit', _label, run=_again, **_FORM | _OURS, **_both),

@@ -165,7 +165,13 @@ register(
     Method('val_alone', _VAL, run=_runs[_val_alone], **_CHECK | _BOTH),
     Method('small_loss_calibrated_student', 'small loss, calibrated, student', run=_loss_student, **_STUDENT),
     Method('small_loss_calibrated_both', 'small loss, calibrated', run=_loss_both, **_BOTH),
-    Method('self_influence', 'self-influence, calibrated', run=_runs[_self_influence], **_BOTH),
+    Method(
+        'self_influence',
+        'self-influence, calibrated',
+        run=_runs[_self_influence],
+        needs=('classes',),
+        **_BOTH,
+    ),
 )
 
 # %% ../../nbs/10_experiments/08_rival_weights.ipynb #08-rival-weights-048
@@ -176,8 +182,8 @@ def _register_rivals(family, table, **fields):
         register(Method(name, label, family, run=run, settings=DISTILLED, **fields))
 
 # %% ../../nbs/10_experiments/08_rival_weights.ipynb #08-rival-weights-050
+_register_rivals('weights', dict(small_loss=('small loss, sigmoid', _small_loss)), mechanism='both')
 _RIVAL_WEIGHTS = dict(
-    small_loss=('small loss, sigmoid', _small_loss),
     confident_learning=('confident learning', _confident_learning),
     mwn=('Meta-Weight-Net', _meta_weight_net),
     l2rw=('learning to reweight', _learning_to_reweight),
@@ -186,7 +192,7 @@ _RIVAL_WEIGHTS = dict(
     inverse_frequency_train=('inverse frequency, training set only', _inverse_frequency_train),
     effective_number=('effective number', partial(_by_class, weigh=effective_number_weights)),
 )
-_register_rivals('weights', _RIVAL_WEIGHTS, mechanism='both')
+_register_rivals('weights', _RIVAL_WEIGHTS, mechanism='both', needs=('classes',))
 
 # %% ../../nbs/10_experiments/08_rival_weights.ipynb #08-rival-weights-052
 _LABEL_LOSSES = dict(
@@ -194,4 +200,4 @@ _LABEL_LOSSES = dict(
     elr=('early-learning regularisation', _early_learning),
     logit_adjusted=('logit adjustment', _logit_adjustment),
 )
-_register_rivals('loss', _LABEL_LOSSES)
+_register_rivals('loss', _LABEL_LOSSES, needs=('classes',))

@@ -11,7 +11,6 @@ from functools import partial
 from ..distillation.objective import AuxiliaryLoss
 from .context import Context
 from .controls import DISTILLED
-from .tasks import is_text
 from ..models.text import encoder_layers
 from ..reporting.methods import Method, register
 from ..rivals.learning_teachers import LGTM, MetaDistil
@@ -26,10 +25,6 @@ def train_patiently(
     strategy: str,  # 'skip' or 'last', see `layer_map`
 ) -> tuple:  # the `Run`, and seconds by phase
     "Distillation with a loss of intermediate layers; raises `ValueError` for networks without such layers"
-    if not is_text(c.task):
-        raise ValueError(
-            f"method: PKD looks at the layers of transformers, but {c.task.dataset} has images; use a data set of texts"
-        )
     teacher, spent = c.shared_teacher()
     student = c.model('student')
     depths = (len(encoder_layers(network)[2]) for network in (student, teacher))
@@ -54,7 +49,7 @@ def train_with_learning_teacher(
     return run, dict(teacher=spent, **run.seconds)
 
 # %% ../../nbs/10_experiments/11b_text_methods.ipynb #5ae07e12
-_PATIENT = dict(family='feature', settings=(*DISTILLED, 'extra_weight'))
+_PATIENT = dict(family='feature', settings=(*DISTILLED, 'extra_weight'), needs=('texts',))
 _LEARNING = dict(family='online', settings=DISTILLED)
 
 # %% ../../nbs/10_experiments/11b_text_methods.ipynb #7ef47569

@@ -3,8 +3,9 @@
 import importlib.util
 import pytest, torch
 from kd_aif.data.label_noise import symmetric_noise
-from kd_aif.reporting.methods import METHODS, method, runnable_methods
+from kd_aif.reporting.methods import METHODS, Method, method, runnable_methods
 from kd_aif.reporting.record_files import load_records
+from kd_aif.experiments.cli import TrainingRuns, _run_all
 from kd_aif.experiments.context import Context
 from kd_aif.experiments.storage import Storage
 from kd_aif.experiments.given_weights import sample_weights
@@ -221,3 +222,32 @@ def test_methods_of_texts_refuse_images_before_training(method, tmp_path):
     with pytest.raises(ValueError, match='digits has images; use a data set of texts'):
         run_task(make_task('digits'), method, out=tmp_path, progress=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'dataset, name, words',
+    [
+        ('glue/sst2', 'fitnet', 'has texts'),
+        ('glue/stsb', 'train_twice', 'real numbers'),
+        ('glue/stsb', 'confident_learning', 'real numbers'),
+        ('digits', 'pkd_last', 'has images'),
+        ('digits', 'group_dro_known', "shift='corner'"),
+    ],
+)
+def test_a_method_that_does_not_fit_is_refused_before_data_are_read(dataset, name, words, monkeypatch):
+    monkeypatch.setattr('kd_aif.experiments.methods.task_data', None)
+    with pytest.raises(ValueError, match=words):
+        run_task(make_task(dataset), name, progress=False)
+
+
+def test_a_list_of_methods_is_refused_as_a_whole(tmp_path):
+    with pytest.raises(ValueError, match="'group_dro_known' needs corners"):
+        _run_all(TrainingRuns(dataset='digits', method='kd,group_dro_known', out=str(tmp_path)), {}, False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_needs_are_checked():
+    with pytest.raises(ValueError, match='needs'):
+        Method('mine', 'Mine', 'kd_aif', needs=('colours',))
+    with pytest.raises(ValueError, match='needs'):
+        Method('mine', 'Mine', 'kd_aif', needs='images')
