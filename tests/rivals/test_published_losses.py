@@ -27,7 +27,7 @@ from kd_aif.rivals.contrastive import CRD
 from kd_aif.rivals.feature_losses import at_loss, cc_loss, nst_loss, pkt_loss, rkd_loss, sp_loss
 from kd_aif.rivals.feature_modules import OFD, VID, FactorTransfer, FitNet
 from kd_aif.rivals.logit_losses import dist_loss, dkd_loss, spherical_kd_loss
-from kd_aif.rivals.published_losses import LOSS_WEIGHTS, make_feature_loss
+from kd_aif.rivals.published_losses import LOSS_WEIGHTS, make_feature_loss, needs_maps
 from flat_settings import distill
 
 quick = hypothesis_settings(max_examples=25, deadline=None)
@@ -333,3 +333,22 @@ def test_a_small_batch_counts_like_a_large_one(name):
             o[3:5] = [random(b, *o[k].shape[1:], seed=k + len(o[k][0])).relu().float() for k in (3, 4)]
         mean[b] = float(loss.eval()(student, teacher, batch).mean())
     assert 1 / 2 < mean[16] / mean[128] < 2, mean
+
+
+@pytest.mark.parametrize('name', [name for name in LOSS_WEIGHTS if not needs_maps(name)])
+def test_losses_of_vectors_need_no_maps(name):
+    g = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.randn(6, 5, generator=g), torch.randn(6, 3, generator=g)] for _ in range(2))
+    batch = dict(y=torch.tensor([0, 1, 2, 0, 1, 2]), index=torch.arange(6))
+    maps = [torch.zeros(6, 2, 4, 4), torch.zeros(6, 2, 2, 2)]
+    short, whole = (
+        make_feature_loss(name, [*more, *ours], [*more, *theirs], samples=6)([*more, *ours], [*more, *theirs], batch)
+        for more in ([], maps)
+    )
+    assert short.shape == (6,) and torch.equal(short, whole)
+
+
+def test_losses_of_maps_name_what_they_miss():
+    vectors = [torch.randn(6, 5), torch.randn(6, 3)]
+    with pytest.raises(ValueError, match='student_maps are'):
+        make_feature_loss('fitnet', vectors, vectors)
