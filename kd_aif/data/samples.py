@@ -185,6 +185,13 @@ def _changes_itself(source):
     "Whether a Hugging Face data set has a transform of its own"
     return is_hub_dataset(source) and source.format['type'] == 'custom'
 
+# %% ../../nbs/02_data/14_samples.ipynb #ab9845e8
+def _in_memory(source, loader):
+    "`SampleBatches`; ValueError for `workers` where there is nothing to read"
+    if hasattr(source.dataset, 'rows'):
+        _refuse('a set of numbers in memory', workers=loader.workers or None)
+    return SampleBatches(source, loader)
+
 # %% ../../nbs/02_data/14_samples.ipynb #67ac8fcb
 def _pair_samples(source, loader, arguments):
     "Batches of (X, y)"
@@ -194,7 +201,7 @@ def _pair_samples(source, loader, arguments):
     if isinstance(source[0], (list, tuple)) and len(source[0]) and isinstance(source[0][0], str):
         raise ValueError('source: X holds texts; give tokenizer=')
     found = array_source('source', *source, arguments['classes'], arguments['transform'])
-    return SampleBatches(replace(found, name='arrays'), loader)
+    return _in_memory(replace(found, name='arrays'), loader)
 
 # %% ../../nbs/02_data/14_samples.ipynb #16c99027
 def _given_samples(source, loader, arguments):
@@ -211,7 +218,7 @@ def _given_samples(source, loader, arguments):
     if _is_table(source) and not _changes_itself(source):
         _refuse('a table', eval_source=loader.eval_source)
         found = table_source(source, arguments['label'], arguments['inputs'], classes, size, transform)
-        return SampleBatches(found, loader)
+        return _in_memory(found, loader)
     if isinstance(source, tuple) or (isinstance(source, list) and len(source) == 2):
         return _pair_samples(source, loader, arguments)
     return _dataset_samples(source, loader, arguments)

@@ -111,7 +111,7 @@ _worst = partial(bilevel_vector, settings=BilevelSettings(worst_class=0.25))
 _first = partial(bilevel_vector, settings=BilevelSettings(max_steps=1, step=3.0))
 _ALL = dict(settings=DISTILLED, needs=('classes',))
 _OURS, _RIVAL = dict(family='kd_aif', **_ALL), dict(family='weights', **_ALL)
-_TOLD = dict(family='oracle', part='groups', needs_true_labels=True, settings=DISTILLED, needs=('corners',))
+_TOLD = dict(family='oracle', part='groups', settings=DISTILLED, needs=('corners',))
 
 # %% ../../nbs/10_experiments/08c_shift_methods.ipynb #0e88fecc
 register(

@@ -716,3 +716,12 @@ def test_good_data_gives_no_warning(tmp_path):
             val,
             training=Training(epochs=1, progress=False),
         )
+
+
+@pytest.mark.parametrize('kind', ['pair', 'table'])
+def test_workers_without_anything_to_read_are_refused(kind):
+    x, y = torch.randn(8, 2), torch.arange(8) % 2
+    source = (x, y) if kind == 'pair' else [dict(a=float(r[0]), b=float(r[1]), label=int(c)) for r, c in zip(x, y)]
+    assert len(samples(source).y) == 8
+    with pytest.raises(ValueError, match='workers is given, but source is a set of numbers'):
+        samples(source, workers=2)
