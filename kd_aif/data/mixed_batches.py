@@ -24,7 +24,6 @@ from kd_aif.foundation.batches import (
     TOKEN_FILLS,
 )
 from ..foundation.core import generator
-from ..foundation.held_out import check_apart
 
 # %% ../../nbs/02_data/07_mixed_batches.ipynb #c4dc121b
 class _Padding:
@@ -203,9 +202,7 @@ def mix_batches(
     seed: int = 0,  # the order is a pure function of (seed, epoch)
     sizes=None,  # (lengths of the batches of `train`, of `val`), if known; default: read both once
 ):  # re-iterable batches in which 'held_out' marks the validation samples
-    """Training and validation samples in one stream: by the loader's own `with_validation`, else by `MixedBatches`.
-    Raises `ValueError` for validation samples that are training samples too, as far as this can be known"""
-    check_apart(train, val)
+    "Training and validation samples in one stream: by the loader's own `with_validation`, else by `MixedBatches`"
     if type(val) is type(train) and callable(getattr(train, 'with_validation', None)):
         return train.with_validation(val, seed)
     return MixedBatches(train, val, seed, sizes)
