@@ -28,7 +28,10 @@ class HeadSamples(ShortRepr):
     logits: Tensor  # (n, C) before the head is adapted; zeros for a probe
     y: Tensor  # (n,) given labels
 
-    def select(self, mask):
+    def select(
+        self,
+        mask: Tensor,  # (n,) bool
+    ) -> 'HeadSamples':  # in their order
         "The samples where `mask` is true"
         return HeadSamples(self.features[mask], self.logits[mask], self.y[mask])
 
@@ -86,7 +89,10 @@ class AdaptedHead(ShortRepr):
     l2: float  # λ
     residual: float  # norm of the gradient at the end over that at the start
 
-    def scores(self, samples: HeadSamples):  # -> (n,)
+    def scores(
+        self,
+        samples: HeadSamples,  # standardised by the same training samples
+    ) -> Tensor:  # (n,)
         "Log-probability of the given label"
         z = samples.logits + samples.features @ self.change[:-1] + self.change[-1]
         return -F.cross_entropy(z, samples.y, reduction='none')
