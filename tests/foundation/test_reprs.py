@@ -89,13 +89,12 @@ def data():
 
 def test_what_holds_data_gives_sizes(data):
     batches = ImageBatches(data, 8)
-    halves = (ImageBatches(data.select(half), 8) for half in torch.arange(40).split(20))
-    samples = TrainingSet(*halves, include_validation=True)
+    samples = TrainingSet(batches, batches, include_validation=True)
     shown = data, batches, samples, samples.samples, SampleWeights(40)
     for value in shown:
         assert not RAW.search(repr(value)) and len(repr(value)) <= LONGEST, repr(value)
-    assert '20 training samples; 20 validation samples, which train too; 5 batches' in repr(samples)
-    assert 'index=Tensor[20]' in repr(samples.samples)
+    assert '40 training samples; 40 validation samples, which train too; 10 batches' in repr(samples)
+    assert 'index=Tensor[40]' in repr(samples.samples)
 
 
 def test_only_what_differs_is_shown():

@@ -557,7 +557,7 @@ def test_folds_are_balanced_within_each_class(labels, folds, seed):
 
 @pytest.mark.parametrize('what', HEADS)
 @pytest.mark.parametrize(
-    'setting', [dict(solver=LAM), dict(last_layer=False), dict(val_loss=batch_cross_entropy)], ids=str
+    'setting', [dict(solver=LAM), dict(last_layer=False), dict(val_loss=batch_cross_entropy)], ids=' '.join
 )
 def test_an_adapted_head_refuses_what_it_would_ignore(what, setting):
     model, train, val = made(1)
