@@ -34,6 +34,7 @@ from ..weights.class_weights import ClassWeighting
 # %% ../../nbs/06_distillation/08_checks.ipynb #13b93ec6
 from ..foundation.checks import check_instance, check_network, check_unshared
 from ..influence.call_checks import check_loss, read_outputs
+from ..influence.cross_scores import OF_CLASSES
 
 # %% ../../nbs/06_distillation/08_checks.ipynb #c06c6652
 def check_settings(
@@ -344,7 +345,7 @@ def _regression_fault(config):
     objective, weighting = config['objective'], config['weighting']
     if objective.label_loss is batch_cross_entropy or objective.teacher_loss is softened_divergence:
         return 'the objective compares classes; give objective=regression_objective()'
-    if of_classes := {'posterior', 'adapted', 'probe'}.intersection(getattr(weighting, 'score', ())):
+    if of_classes := set(OF_CLASSES).intersection(getattr(weighting, 'score', ())):
         return f"score '{min(of_classes)}' is of classes; use ('mean', 'loss'), or 'mean' with Published"
     if isinstance(getattr(weighting, 'class_weighting', None), ClassWeighting):
         return 'class_weighting weighs classes; leave it out'

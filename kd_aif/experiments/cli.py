@@ -20,7 +20,7 @@ from fastcore.script import call_parse
 from ..data.glue import GLUE, load_glue
 from ..data.sources import DATASETS, load_images
 from .full_tier import full_tier_sections, in_full_tier, TITLES
-from .fitting import fitting_method
+from .fitting import check_fitting
 from .methods import run_task
 from .options import add_options, check_folder, command_parser, plain_errors, read_options
 from .run_lines import record_line, report_line
@@ -111,12 +111,6 @@ def _check_safe(record, more):
             f"run it again with --force, or under another name with --experiment"
         )
 
-# %% ../../nbs/10_experiments/19_cli.ipynb #e947fe80
-def _check_fitting(task, methods):
-    "Raise `ValueError` for a method that the task does not fit"
-    for name in methods:
-        fitting_method(task, name)
-
 # %% ../../nbs/10_experiments/19_cli.ipynb #c230d1eb
 def _run_all(runs, changes, few_labels):
     "One record for each seed and method"
@@ -126,7 +120,7 @@ def _run_all(runs, changes, few_labels):
         more = dict(more_metrics=safe_metrics)
     methods, records = _checked_methods(runs, runnable_methods(few_labels)), []
     if not few_labels:
-        _check_fitting(make(runs.dataset, runs.tier, **changes), methods)
+        check_fitting(make(runs.dataset, runs.tier, **changes), methods)
     for seed in range(runs.first_seed, runs.first_seed + runs.seeds):
         task = make(runs.dataset, runs.tier, seed=seed, **changes)
         for m in methods:

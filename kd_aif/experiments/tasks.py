@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SMALL', 'LARGE', 'DIGITS', 'MINILM', 'LITE_TEXTS', 'FULL_TEXTS', 'TASKS', 'NOISES', 'TEXT_NOISES',
            'REGRESSION_NOISES', 'SHIFTS', 'PRECISIONS', 'DataSettings', 'NetworkSettings', 'MethodSettings',
-           'ShiftSettings', 'TextSettings', 'Task', 'is_text', 'choose_task', 'check_choice', 'make_task']
+           'ShiftSettings', 'TextSettings', 'Task', 'is_text', 'is_regression', 'choose_task', 'check_choice',
+           'make_task']
 
 # %% ../../nbs/10_experiments/01_tasks.ipynb #01-tasks-002
 import dataclasses
@@ -136,6 +137,13 @@ def is_text(
     "Whether the samples of a task are texts"
     return task.max_length is not None
 
+
+def is_regression(
+    task: Task,  # any task
+) -> bool:  # False: the labels are classes
+    "Whether the labels of a task are real numbers"
+    return is_text(task) and glue_task(task.dataset.removeprefix('glue/')).is_regression
+
 # %% ../../nbs/10_experiments/01_tasks.ipynb #01-tasks-016
 def choose_task(
     table: dict,  # {(dataset, tier): task}
@@ -221,7 +229,7 @@ def _check_text(task):
     check_fraction('frozen_fraction', task.frozen_fraction)
     if task.n_test is not None:
         check_whole('n_test', task.n_test, 10)
-    regression = glue_task(task.dataset.removeprefix('glue/')).is_regression
+    regression = is_regression(task)
     check_choice('noise', task.noise, REGRESSION_NOISES if regression else TEXT_NOISES)
     images_only = dict(val_shift=0.0, label=None, shift='none', shift_rate=0.0) | (
         dict(imbalance=1.0, val_rate=0.0) if regression else {}

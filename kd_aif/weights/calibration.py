@@ -18,6 +18,7 @@ from torch import Tensor
 # %% ../../nbs/05_weights/03_calibration.ipynb #bca77d8f
 from ..foundation.splits import check_groups
 from ..foundation.core import check_fraction
+from ..foundation.multiple_tests import holm_rejects
 from .conformal import intervals_of_folds
 from .transforms import _check_scores, effective_sample_size, mean_one_within_class
 
@@ -146,14 +147,6 @@ def class_clean_fractions(
     errors[known] = (keep / precision + (1 - keep) * common).sqrt()
     return fractions, errors
 
-# %% ../../nbs/05_weights/03_calibration.ipynb #08-weights-039
-def _holm(p_values, level):
-    "(C,) which tests reject when the chance of any false rejection is to be at most `level` (Holm, 1979)"
-    order, C = sorted(range(len(p_values)), key=p_values.__getitem__), len(p_values)
-    passed = [p_values[c] <= level / (C - k) for k, c in enumerate(order)]
-    stop = passed.index(False) if False in passed else C
-    return torch.tensor([order.index(c) < stop for c in range(C)])
-
 # %% ../../nbs/05_weights/03_calibration.ipynb #08-weights-041
 DENSITIES = ('shrunk', 'pooled', 'class')
 
@@ -162,7 +155,7 @@ def _own_mixtures(F, m, known, alternative, significance):
     "Clean fraction, density f₁ and test of each class by itself"
     found = [two_groups(f) if k else (math.nan, alternative) for f, k in zip(F, known)]
     fractions = torch.tensor([pi for pi, _ in found], dtype=F.dtype)
-    alone = ~_holm(_ks_p_value(F, m).where(known, 1.0).tolist(), significance)
+    alone = ~torch.tensor(holm_rejects(_ks_p_value(F, m).where(known, 1.0).tolist(), significance))
     return fractions, torch.stack([f for _, f in found]), alone
 
 # %% ../../nbs/05_weights/03_calibration.ipynb #4a279b19
