@@ -109,18 +109,18 @@ LITE_TEXTS = dict(freeze_embeddings=True, frozen_fraction=0.5, tier='lite', **_L
 FULL_TEXTS = dict(epochs=3, max_length=128, lr=5e-5, precision='bfloat16', tier='full', **MINILM)
 _LITE = dict(
     cola=(3400, 400, 3, 4e-4),
-    sst2=(4000, 1000, 1, 2e-4, 'float32'),
+    sst2=(4000, 1000, 1, 2e-4),
     mrpc=(None, 500, 3, 2e-4),
-    stsb=(2400, 400, 3, 5e-4),
+    stsb=(2400, 400, 3, 2e-4),
     qnli=(2400, 400, 3, 2e-4),
     rte=(None, 400, 2, 2e-4),
-)  # rows, of these for validation, epochs, learning rate, precision
+)  # rows, of these for validation, epochs, learning rate
 _HELD_OUT = dict(cola=1000, sst2=2000, mrpc=500, stsb=1000, qnli=2000, rte=400, mnli=5000, qqp=5000, wnli=100)
 
 # %% ../../nbs/10_experiments/01_tasks.ipynb #1b922f0d
-def _lite_text(name, n_train, n_val, epochs, lr, precision='bfloat16'):
+def _lite_text(name, n_train, n_val, epochs, lr):
     "The task of tier lite"
-    options = dict(n_train=n_train, n_val=n_val, epochs=epochs, lr=lr, precision=precision)
+    options = dict(n_train=n_train, n_val=n_val, epochs=epochs, lr=lr)
     return Task(dataset=f'glue/{name}', **options, **LITE_TEXTS)
 
 
