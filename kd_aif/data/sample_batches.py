@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 # %% ../../nbs/02_data/14d_sample_batches.ipynb #136d7bb8
-from .image_files import tensor_picture
 from .mixed_batches import MixedBatches
 from .sample_labels import tensor_labels
-from .sample_sources import BatchReader, is_random, Loader, named_batch, row_text, SampleSource
-from .sample_views import SampleView
+from .sample_sources import BatchReader, is_random, Loader, named_batch, SampleSource
+from .sample_views import row_view, SampleView
 from .text_batches import _split
 from ..foundation.checks import as_positions, check_seed
 from ..foundation.core import check_whole, generator
@@ -338,16 +337,13 @@ def with_validation(
 
 # %% ../../nbs/02_data/14d_sample_batches.ipynb #58db7a38
 @patch
-def _shown(self: SampleBatches, position):
+def _shown(self: SampleBatches, index, position):
     "What a person sees of one sample"
     if self.source.show is not None:
-        return self.source.show(position)
+        return SampleView(index, **self.source.show(position))
     batch = next(iter(self._ordered()._read([(0, [position])])))
     x = named_batch(self.source.name, batch, self.source.label, self.source.labels_in_samples)
-    x = x.get('x', x.get('input_ids'))[0]
-    if picture := tensor_picture(x):
-        return dict(kind='image', image=picture)
-    return dict(kind='row', text=row_text(x.flatten().tolist()))
+    return row_view(index, x.get('x', x.get('input_ids'))[0])
 
 
 @patch
@@ -357,7 +353,7 @@ def view(
 ) -> list[SampleView]:  # in this order
     "Samples as pictures, texts or numbers; ValueError for an unknown index"
     found = indexed_places(index, self.index, self.positions, 'samples')
-    return [SampleView(i, **self._shown(position)) for i, position in found]
+    return [self._shown(i, position) for i, position in found]
 
 # %% ../../nbs/02_data/14d_sample_batches.ipynb #c40f68e0
 def _what(y, classes):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INPUT_NAMES', 'LABEL_NAMES', 'Loader', 'SampleSource', 'TensorRows', 'named_batch', 'drawn', 'read_sample',
-           'BatchReader', 'is_random', 'row_text']
+           'BatchReader', 'is_random']
 
 # %% ../../nbs/02_data/14c_sample_sources.ipynb #f3a11541
 import random
@@ -249,13 +249,3 @@ def is_random(
         if not all(_alike(first, other) for other in others):
             return True
     return False
-
-# %% ../../nbs/02_data/14c_sample_sources.ipynb #0852c1fd
-def row_text(
-    numbers,  # any number of numbers, one after the other
-    most: int = 8,  # how many are shown
-) -> str:  # one line
-    "The first numbers of a sample, with three digits each"
-    numbers = list(numbers)
-    shown = ', '.join(f'{float(v):.3g}' for v in numbers[:most])
-    return shown + (f', … ({len(numbers):,} numbers)' if len(numbers) > most else '')

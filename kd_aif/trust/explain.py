@@ -20,11 +20,11 @@ from ..data.given_loaders import as_batches
 from ..data.sample_galleries import can_be_shown, with_gallery, words_alone
 from kd_aif.data.sample_views import (
     _check_batches,
-    _row_view,
     check_names,
     class_names,
     given_labels,
     label_text,
+    row_view,
     sample_views,
     SampleView,
     view_texts,
@@ -218,7 +218,7 @@ def _explanations(scores, chosen, log_p, batch, classes, train):
     "The explanations of all samples of a batch"
     given, x, found = dict(zip(*(t.tolist() for t in given_labels(train)))), batch.get('x'), []
     for k, label in enumerate(chosen.tolist()):
-        view = _row_view(k, x[k] if isinstance(x, Tensor) else None)
+        view = row_view(k, x[k] if isinstance(x, Tensor) else None)
         values = scores.values[:, k].double() / len(scores)
         about = values, scores.index, label, float(log_p[k, label]), view
         found.append(Explanation(*about, scores, given, classes, train))

@@ -372,7 +372,7 @@ def test_different_classes_are_refused_before_training():
 def test_views_are_rows_of_numbers():
     batches = from_dataset(Rows(pair))
     view = batches.view([3])[0]
-    assert (view.index, view.kind) == (3, 'row') and f'{float(X[3, 0]):.3g}' in view.text
+    assert (view.index, view.kind) == (3, 'row') and f'{float(X[3, 0]):.4g}' in view.text
 
 
 def test_reprs():
