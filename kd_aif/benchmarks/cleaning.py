@@ -17,7 +17,7 @@ from ..data.images import ImageData
 from ..data.mixed_batches import mix_batches
 from ..distillation.distill import distill
 from ..experiments.storage import Storage
-from ..experiments.task_data import describe_data, task_data
+from ..experiments.task_data import task_data, teacher_identity
 from ..experiments.tasks import Task
 from kd_aif.experiments.teachers import (
     new_model,
@@ -150,16 +150,6 @@ def _lists(task, sets, folds, storage, progress):
 # %% ../../nbs/11_benchmarks/21_cleaning.ipynb #11615de7
 EXPERIMENT = '27_cleaning'
 
-
-def _identity(task, sets, folds):
-    "The fields of a record that say which run it is"
-    names = 'n_train', 'n_val', 'epochs', 'lr', 'batch_size', 'noise', 'rate', 'precision'
-    config = {name: getattr(task, name) for name in names} | dict(folds=folds)
-    dataset = describe_data(task, *sets)
-    networks = dict(teacher=task.teacher, student='')
-    identity = dict(experiment=EXPERIMENT, tier=task.tier, dataset=dataset, method='cleaning', seed=task.seed)
-    return identity | networks | dict(config=config)
-
 # %% ../../nbs/11_benchmarks/21_cleaning.ipynb #9d1c45bb
 def _metrics(lists, checked):
     "Precision by list and number, and the shares of good labels"
@@ -198,7 +188,7 @@ def cleaning_record(
 ) -> Record:  # metrics '<list>/<k>'
     "Precision of all lists on one task"
     sets = task_data(task, root, progress)
-    fields = _identity(task, sets, folds)
+    fields = teacher_identity(task, sets, EXPERIMENT, 'cleaning', folds=folds)
     if out is not None and (known := find_record(out, make_record(**fields, metrics={}))):
         return known
     lists = _lists(task, sets, folds, storage, progress)

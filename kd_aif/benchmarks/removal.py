@@ -17,7 +17,7 @@ from torch import nn, Tensor
 from ..data.images import ImageData
 from ..data.loaders import ImageBatches
 from ..distillation.distill import distill
-from ..experiments.task_data import describe_data, task_data
+from ..experiments.task_data import task_data, teacher_identity
 from ..experiments.tasks import Task
 from ..experiments.teachers import new_model, task_batches, task_objective, task_training
 from ..foundation.core import cache_dir, evaluating, generator
@@ -172,14 +172,6 @@ def _image_rows(found, removed, refits, train):
 # %% ../../nbs/11_benchmarks/22_removal.ipynb #bef6a775
 EXPERIMENT = '27b_explanations'
 
-
-def _removal_identity(task, sets, settings):
-    "The fields of a record that say which run it is"
-    names = 'n_train', 'n_val', 'epochs', 'lr', 'batch_size', 'noise', 'rate', 'precision'
-    config = {name: getattr(task, name) for name in names} | asdict(settings)
-    identity = dict(experiment=EXPERIMENT, tier=task.tier, dataset=describe_data(task, *sets), seed=task.seed)
-    return identity | dict(method='explain', teacher=task.teacher, student='', config=config)
-
 # %% ../../nbs/11_benchmarks/22_removal.ipynb #60df6953
 def _removal_metrics(rows):
     "Numbers and means over the images"
@@ -199,7 +191,7 @@ def removal_record(
 ) -> Record:  # `history` has a row for each image
     "Train again without the samples that `explain` names, and without random ones; raises as `removed_rows`"
     sets = _sets(task, root)
-    fields = _removal_identity(task, sets, settings)
+    fields = teacher_identity(task, sets, EXPERIMENT, 'explain', **asdict(settings))
     if out is not None and (known := find_record(out, make_record(**fields, metrics={}))):
         return known
     found, removed = removed_rows(task, settings, root, progress)

@@ -27,7 +27,7 @@ import kd_aif.experiments.text_methods  # noqa: F401
 from ..data.glue import GLUE
 from ..data.shifts import corner_classes
 from ..distillation.evaluation import predict
-from ..distillation.result import mean_scores
+from ..distillation.sample_table import mean_scores
 from .context import Context
 from .task_data import describe_data, task_data
 from .storage import run_name, Storage, TRAINING_CODE

@@ -14,7 +14,8 @@ import pandas as pd
 
 from ..data.glue import load_glue
 from ..data.texts import TextData
-from ..distillation.result import mean_scores, Run
+from ..distillation.result import Run
+from ..distillation.sample_table import mean_scores
 from .methods import run_task
 from .storage import Storage
 from .task_data import task_data

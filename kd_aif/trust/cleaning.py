@@ -17,7 +17,7 @@ from ..data.images import ImageData
 from ..data.sample_views import indexed_table
 from ..data.texts import TextData
 from ..distillation.result import Run
-from ..distillation.sample_table import _rank_words, _score_values, _shares
+from ..distillation.sample_table import _rank_words, _shares, mean_scores
 from ..foundation.checks import check_choice, check_instance
 from ..foundation.core import check_whole
 from ..influence.cross_scores import CrossScores
@@ -54,7 +54,7 @@ def _table_of(source):
         return source.samples
     if isinstance(source, pd.DataFrame):
         return indexed_table(source)
-    score = _score_values(source).double().numpy()
+    score = mean_scores(source).double().numpy()
     reasons = [f'{words[0].upper()}{words[1:]}.' for words in map(_rank_words, _shares(score))]
     return pd.DataFrame(dict(score=score, reason=reasons), pd.Index(source.index.tolist(), name='index'))
 
