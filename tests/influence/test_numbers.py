@@ -73,7 +73,7 @@ def difference(a, b):
 def test_scores_by_batch_size(name, sets, model):
     whole = SCORINGS[name](model, *batches(sets, 1000))
     for size in (7, 64):
-        assert difference(whole, SCORINGS[name](model, *batches(sets, size))) < 1e-5
+        assert difference(whole, SCORINGS[name](model, *batches(sets, size))) < 1e-4  # float32, condition 10⁴
 
 
 @pytest.mark.parametrize('name', SCORINGS)
