@@ -343,7 +343,7 @@ def _shown(self: SampleBatches, index, position):
         return SampleView(index, **self.source.show(position))
     batch = next(iter(self._ordered()._read([(0, [position])])))
     x = named_batch(self.source.name, batch, self.source.label, self.source.labels_in_samples)
-    return row_view(index, x.get('x', x.get('input_ids'))[0])
+    return row_view(index, x.get('x', x.get('input_ids')), 0)
 
 
 @patch

@@ -81,11 +81,13 @@ def _numbers(x):
 
 def row_view(
     index: int,  # the sample's stable index
-    x: Tensor | None,  # one row of a batch; None where it has no 'x'
+    rows,  # inputs of a batch, as `batch.get('x')` gives them; anything but a tensor cannot be shown
+    place: int,  # of the sample among them
 ) -> SampleView:  # a picture, numbers or nothing
     "What a person sees of one row of a batch"
-    if not isinstance(x, Tensor):
+    if not isinstance(rows, Tensor):
         return SampleView(index, 'none')
+    x = rows[place]
     is_picture = x.ndim == 3 or (x.ndim == 2 and min(x.shape) > 1)
     return (
         SampleView(index, 'image', image=tensor_image(x))
@@ -105,8 +107,7 @@ def _batch_views(batches, wanted):
             )
         for place, i in enumerate(batch['index'].tolist()):
             if i in wanted and i not in found:
-                x = batch.get('x')
-                found[i] = row_view(i, x[place] if isinstance(x, Tensor) else None)
+                found[i] = row_view(i, batch.get('x'), place)
     return found
 
 # %% ../../nbs/02_data/13b_sample_views.ipynb #692b1b07

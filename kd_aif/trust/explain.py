@@ -218,7 +218,7 @@ def _explanations(scores, chosen, log_p, batch, classes, train):
     "The explanations of all samples of a batch"
     given, x, found = dict(zip(*(t.tolist() for t in given_labels(train)))), batch.get('x'), []
     for k, label in enumerate(chosen.tolist()):
-        view = row_view(k, x[k] if isinstance(x, Tensor) else None)
+        view = row_view(k, x, k)
         values = scores.values[:, k].double() / len(scores)
         about = values, scores.index, label, float(log_p[k, label]), view
         found.append(Explanation(*about, scores, given, classes, train))
