@@ -123,5 +123,6 @@ for name, label in _LABELS.items():
 register(
     Method('mpl', 'Meta Pseudo Labels', 'few_labels', run=_meta_pseudo_labels, **_FEW),
     Method('freematch', 'FreeMatch', 'few_labels', run=partial(_published, name='freematch'), **_ALONE),
+    Method('softmatch', 'SoftMatch', 'few_labels', run=partial(_published, name='softmatch'), **_ALONE),
     Method('kd_aif_ssl', 'KD-AIF, semi-supervised', 'kd_aif', run=_cross_fitted, **_FEW),
 )

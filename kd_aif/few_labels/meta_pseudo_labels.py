@@ -177,6 +177,7 @@ from .algorithms import FixMatch, PseudoLabel, Supervised, SupervisedAll, UDA
 from .consistency import ICT, MeanTeacher, TemporalEnsembling, VAT
 from .learned_labels import LGA
 from .self_adaptive import FreeMatch
+from .soft_weights import SoftMatch
 
 # %% ../../nbs/08_few_labels/08_meta_pseudo_labels.ipynb #e45847ab
 _PUBLISHED = (
@@ -190,6 +191,7 @@ _PUBLISHED = (
     UDA,
     FixMatch,
     FreeMatch,
+    SoftMatch,
     LGA,
     MetaPseudoLabels,
 )

@@ -26,7 +26,7 @@ from kd_aif.models.build import build_model
 cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason='needs a CUDA device: what waits is seen there'
 )
-NAMES = 'supervised', 'fixmatch', 'freematch', 'mpl', 'kd_aif_ssl'
+NAMES = 'supervised', 'fixmatch', 'freematch', 'softmatch', 'mpl', 'kd_aif_ssl'
 PRECISIONS = pytest.mark.parametrize('autocast', [None, torch.bfloat16], ids=['float32', 'bfloat16'])
 
 

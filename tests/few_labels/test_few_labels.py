@@ -37,6 +37,7 @@ from kd_aif.few_labels.meta_pseudo_labels import (
 )
 from kd_aif.few_labels.pseudo_labels import PseudoLabelMeter
 from kd_aif.few_labels.self_adaptive import FreeMatch, SelfAdaptiveThresholds, fairness_loss
+from kd_aif.few_labels.soft_weights import ConfidenceAverages, SoftMatch
 from kd_aif.few_labels.settings import SSLTraining, moving_average, ssl_trainer
 from kd_aif.few_labels.trainer import train_ssl
 from kd_aif.data.images import hold_out, subset
@@ -607,6 +608,7 @@ def test_names_of_records():
         'uda',
         'fixmatch',
         'freematch',
+        'softmatch',
         'lga',
         'mpl',
     ]
@@ -685,6 +687,9 @@ def test_bf16_and_other_networks(split, name):
         (lambda: FreeMatch(decay=1.5), 'decay is 1.5'),
         (lambda: FreeMatch(fairness=-1.0), 'fairness is -1.0'),
         (lambda: FreeMatch(weight=-1.0), 'weight is -1.0'),
+        (lambda: SoftMatch(decay=1.5), 'decay is 1.5'),
+        (lambda: SoftMatch(width=0.0), 'width is 0'),
+        (lambda: SoftMatch(weight=-1.0), 'weight is -1.0'),
         (lambda: SelfAdaptiveThresholds(1), 'n_classes is 1'),
         (lambda: MeanTeacher(weight=-1.0), 'weight is -1.0'),
         (lambda: MetaPseudoLabels('soft'), "labels is 'soft'; use 'argmax' or 'sample'"),
@@ -943,6 +948,32 @@ def test_a_step_of_freematch_by_hand():
     fair = 0.0  # one class is found: b = 1 there, and log 1 = 0
     wanted = [-2 * math.log(0.7) + 0.1 * fair, 0.1 * fair]
     assert output.unsupervised.tolist() == pytest.approx(wanted, abs=1e-6) and output.weight == 1.0
+
+
+def test_a_step_of_softmatch_by_hand():
+    "Alignment moves first, then mean and variance, λ = ½; pseudo-labels are those without alignment"
+    state, algorithm = ConfidenceAverages(2), SoftMatch(decay=0.5, width=2.0, weight=3.0)
+    output = algorithm(freematch_step([[0.9, 0.1], [0.55, 0.45]], [[0.3, 0.7], [0.8, 0.2]], state))
+    average = [0.5 * 0.5 + 0.5 * 0.725, 0.5 * 0.5 + 0.5 * 0.275]
+    ratios = [[0.9 / average[0], 0.1 / average[1]], [0.55 / average[0], 0.45 / average[1]]]
+    confidence = [max(r) / sum(r) for r in ratios]
+    assert ratios[1][1] > ratios[1][0]  # aligned, the second image is of the other class
+    mean = 0.5 * 0.5 + 0.5 * sum(confidence) / 2
+    variance = 0.5 + 0.5 * (confidence[0] - confidence[1]) ** 2 / 2
+    weights = [math.exp(-(min(c - mean, 0) ** 2) * 4 / (2 * variance)) for c in confidence]
+    assert weights[1] < weights[0] == 1
+    assert output.labels.tolist() == [0, 0] and output.mask.tolist() == pytest.approx(weights)
+    wanted = [3 * weights[0] * -math.log(0.3), 3 * weights[1] * -math.log(0.8)]
+    assert output.unsupervised.tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+@quick
+@given(seeds, st.integers(1, 12), st.floats(0, 1), st.floats(0.1, 10))
+def test_weights_of_softmatch_are_finite_and_rise_with_confidence(seed, n, decay, width):
+    confidence = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    w = ConfidenceAverages(4).weights(confidence, decay, width)
+    assert torch.isfinite(w).all() and (w >= 0).all() and (w <= 1).all()
+    assert (w[confidence.argsort()].diff() >= -1e-6).all()
 
 
 def test_fairness_by_hand():
