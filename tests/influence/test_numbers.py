@@ -72,8 +72,9 @@ def difference(a, b):
 @pytest.mark.parametrize('name', SCORINGS)
 def test_scores_by_batch_size(name, sets, model):
     whole = SCORINGS[name](model, *batches(sets, 1000))
+    bound = 1e-4 if name == 'self-influence of all layers' else 1e-5  # 1.7e-5 was seen with AVX2
     for size in (7, 64):
-        assert difference(whole, SCORINGS[name](model, *batches(sets, size))) < 1e-4  # float32, condition 10⁴
+        assert difference(whole, SCORINGS[name](model, *batches(sets, size))) < bound
 
 
 @pytest.mark.parametrize('name', SCORINGS)
