@@ -102,16 +102,18 @@ for _name, (_label, _weights, _family) in _WEIGHTED.items():
     register(Method(_name, f'{_label}, {_FITTED}', run=_run, **_FORM | _family, **_both))
 
 # %% ../../nbs/10_experiments/08b_refits.ipynb #fdbed4e3
-_again, _told = (
-    partial(_without, weights=sample_weights, again=True),
-    partial(_without, weights=_oracle_weights),
-)
 _ORACLE = dict(family='oracle', needs_true_labels=True, settings=DISTILLED, needs=('classes',))
-_label = f'KD-AIF, teacher trained again, {_FITTED}'
-register(
-    Method('kd_aif_both_refit', _label, run=_again, **_FORM | _OURS, **_both),
-    Method('refit_oracle', f'oracle, {_FITTED}', run=_told, **_ORACLE, **_both),
+_told = partial(_without, weights=_oracle_weights)
+register(Method('refit_oracle', f'oracle, {_FITTED}', run=_told, **_ORACLE, **_both))
+
+_AGAIN = dict(
+    kd_aif_both_refit=('KD-AIF', sample_weights, _FORM | _OURS | _both),
+    loss_both_refit=('small loss, calibrated', _loss_weights, _FORM | _RIVAL | _both),
+    oracle_both_refit=('oracle', _oracle_weights, _ORACLE | _both),
 )
+for _name, (_label, _weights, _family) in _AGAIN.items():
+    _run = partial(_without, weights=_weights, again=True)
+    register(Method(_name, f'{_label}, teacher trained again, {_FITTED}', run=_run, **_family))
 
 # %% ../../nbs/10_experiments/08b_refits.ipynb #a5ad919c
 _COMPOSED = dict(
