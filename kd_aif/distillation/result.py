@@ -9,6 +9,7 @@ __all__ = ['Run', 'weight_metrics', 'network_metrics', 'final_metrics']
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import nan
 
 import pandas as pd
 from fastcore.basics import patch
@@ -19,8 +20,10 @@ from ..data.sample_galleries import labelled_gallery, SHOWN, words_alone
 from ..data.texts import TextData
 from .evaluation import agreement, evaluate, output_metrics, predict
 from .run_weights import RunWeights
-from .sample_table import mean_scores, sample_table
+from .sample_table import label_probability, mean_scores, sample_table
 from ..foundation.batches import eval_view
+from ..foundation.checks import check_instance
+from ..foundation.core import check_whole
 from ..influence.cross_scores import CrossScores
 from ..influence.scores import InfluenceScores
 from ..models.features import default_forward
@@ -87,11 +90,12 @@ def suspicious(
     k: int = 10,  # how many
 ) -> Tensor:  # (k,) stable index
     """The training samples with the lowest scores, whose labels are worth checking, the lowest first.
-    Raises `ValueError` for a run without scores"""
+    Raises `ValueError` for a run without scores, and for a `k` below one"""
     if self.scores is None:
         raise ValueError(
             "scores: this run has none; give distill(...) a mechanism, such as mechanism='student'"
         )
+    check_whole('k', k)
     return self.index[mean_scores(self.scores).argsort(stable=True)[:k]]
 
 # %% ../../nbs/06_distillation/09_result.ipynb #0467aa76
@@ -121,9 +125,10 @@ def suspicious_texts(
     k: int = 10,  # how many
 ) -> pd.DataFrame:  # the most suspicious first: texts, given label, score, and probability if calibrated
     """The texts with the lowest scores, whose labels are worth checking; rows are named by their stable index.
-    Raises `ValueError` for a run without scores, and where `data` lacks one of the texts"""
+    Raises `ValueError` for a run without scores, and where `data` lacks one of its texts"""
+    check_instance('data', data, TextData, 'give the texts that the run was trained on, such as train.data')
     found, places = self.suspicious(k), {i: p for p, i in enumerate(data.index.tolist())}
-    if missing := [i for i in found.tolist() if i not in places]:
+    if missing := [i for i in self.index.tolist() if i not in places]:
         raise ValueError(
             f"data has no text with index {missing[0]}; give the texts that the run was trained on"
         )
@@ -132,7 +137,8 @@ def suspicious_texts(
     table = table.assign(score=mean_scores(self.scores)[order].tolist())
     if self.calibration is None:
         return table
-    return table.assign(probability=self.calibration.probability[order].tolist())
+    probability = label_probability(self.calibration)
+    return table.assign(probability=nan if probability is None else probability[order].tolist())
 
 # %% ../../nbs/06_distillation/09_result.ipynb #f81b81b3
 def _number(name, value):

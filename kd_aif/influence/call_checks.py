@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEW', 'check_outputs', 'check_losses', 'check_loss', 'check_rows', 'check_class_labels', 'check_different',
-           'CheckedBatches', 'scored_sets', 'as_checked', 'read_outputs', 'first_check', 'check_loss_function',
-           'check_scored']
+           'CheckedBatches', 'scored_sets', 'as_checked', 'read_outputs', 'first_outputs', 'first_check',
+           'check_loss_function', 'check_scored']
 
 # %% ../../nbs/04_influence/02c_call_checks.ipynb #4f3e277f
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +19,7 @@ from ..data.training_set import renaming
 from ..foundation.batches import batch_rows, batch_size, to_device
 from ..foundation.checks import check_function
 from .forward_mode import measuring
+from .padding_checks import check_padding
 from ..models.features import default_forward
 
 # %% ../../nbs/04_influence/02c_call_checks.ipynb #ef1eb4f4
@@ -332,6 +333,18 @@ def read_outputs(
         ) from error
     return check_outputs(output, batch_size(batch), name)
 
+# %% ../../nbs/04_influence/02c_call_checks.ipynb #a0f16182
+def first_outputs(
+    name: str,  # how the network is called in messages
+    model: nn.Module,  # in eval mode
+    batch: dict,  # one batch, on its device
+    forward: Callable,  # forward(model, batch) -> logits
+) -> Tensor:  # (b, C)
+    "As `read_outputs`; `ValueError` too where outputs change with the padding of texts."
+    logits = read_outputs(name, model, batch, forward)
+    check_padding(name, model, batch, forward)
+    return logits
+
 # %% ../../nbs/04_influence/02c_call_checks.ipynb #25c11a1b
 FEW = 8  # samples of the first batch that are looked at
 
@@ -350,7 +363,7 @@ def first_check(
         few = batch_rows(batch, slice(FEW))
         few = to_device(few, device) if prepare is None else prepare(few)
         with measuring(model), torch.no_grad():
-            logits = read_outputs('model', model, few, forward or default_forward)
+            logits = first_outputs('model', model, few, forward or default_forward)
             check_class_labels(name, batch, logits.shape[1])
             half = logits.dtype in (torch.bfloat16, torch.float16)
             check_loss(loss, logits.float() if half else logits, few)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 # %% ../../nbs/03_models/04_text.ipynb #48b3b138
+from ..foundation.checks import check_instance
 from ..foundation.core import check_whole, generator
 
 # %% ../../nbs/03_models/04_text.ipynb #ad6d32e2
@@ -176,6 +177,14 @@ def freeze_lowest(
             return model
         parameter.requires_grad_(False)
 
+# %% ../../nbs/03_models/04_text.ipynb #c2b38304
+def _renumber(layers):
+    "Tell the parts of each layer its new number, by which a cache of a decoder finds them"
+    for number, layer in enumerate(layers):
+        for part in layer.modules():
+            if hasattr(part, 'layer_idx'):
+                part.layer_idx = number
+
 # %% ../../nbs/03_models/04_text.ipynb #78490c61
 def keep_layers(
     model: nn.Module,  # of `transformers`, left as it is
@@ -183,12 +192,14 @@ def keep_layers(
 ) -> nn.Module:  # a copy with these layers alone
     "A copy of a network with some of its layers. Raises `ValueError` for a layer that is not there"
     n = len(encoder_layers(model)[2])
+    check_instance('layers', layers, Sequence, 'give the numbers of the layers to keep, such as (0, 2, 4)')
     layers = tuple(layers)
     if not layers or len(set(layers)) < len(layers) or not set(layers) <= set(range(n)):
         raise ValueError(f"layers is {layers}; give different numbers from 0 to {n - 1}, at least one")
     student = copy.deepcopy(model)
     owner, name, found = encoder_layers(student)
     setattr(owner, name, nn.ModuleList(found[i] for i in layers))
+    _renumber(getattr(owner, name))
     student.config.num_hidden_layers = len(layers)
     if getattr(student.config, 'layer_types', None):
         student.config.layer_types = [student.config.layer_types[i] for i in layers]

@@ -117,7 +117,7 @@ def test_numbers_where_names_are_unknown_and_regressions():
     assert table.given.tolist() == [0.5, 1, 2, 0] and table.confidence.isna().all()
     expected = 0.5 * (table.predicted - table.given) ** 2
     assert table.loss.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
-    assert table.reason[0].startswith('Labelled 0.5, but the model says')
+    assert table.reason[0].startswith('Labelled 0.5; the model says')
 
 
 def test_the_reason_in_words():
