@@ -17,9 +17,8 @@ from torch import Tensor
 # %% ../../nbs/02_data/14h_image_folders.ipynb #2fa5cbc8
 from .given_datasets import transform_pair
 from .image_files import check_image_size, check_images, ImageRows
-from .sample_labels import check_classes
 from .sample_sources import SampleSource
-from .written_labels import check_class_names
+from .written_labels import check_class_names, check_classes
 
 # %% ../../nbs/02_data/14h_image_folders.ipynb #2b696111
 IMAGE_SUFFIXES = '.png', '.jpg', '.jpeg', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm'

@@ -10,6 +10,7 @@ import torch
 from fastcore.basics import patch
 
 from .images import _channels_last, ImageData
+from ..foundation.checks import check_switch
 from ..foundation.core import check_whole, generator
 
 # %% ../../nbs/02_data/06_loaders.ipynb #02-data-090
@@ -25,6 +26,7 @@ class ImageBatches:
         seed: int = 0,  # order and augmentation are pure functions of (seed, epoch)
     ):
         check_whole('batch_size', batch_size)
+        check_switch('shuffle', shuffle)
         if not len(data):
             raise ValueError(
                 "data is empty; give at least one image (for validation, hold some out with hold_out)"

@@ -25,6 +25,15 @@ from kd_aif.foundation.batches import (
 )
 from ..foundation.core import generator
 
+# %% ../../nbs/02_data/07_mixed_batches.ipynb #4e19c783
+def _split(order, batch_size):
+    "(n,) positions cut into batches; a single one left over joins the last batch"
+    whole, rest = divmod(len(order), batch_size)
+    sizes = [batch_size] * whole + [rest] * (rest > 0)
+    if rest == 1 and whole:
+        sizes[-2:] = [batch_size + 1]
+    return list(order.split(sizes))
+
 # %% ../../nbs/02_data/07_mixed_batches.ipynb #c4dc121b
 class _Padding:
     "How texts are filled up, found in the batches themselves"

@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 # %% ../../nbs/02_data/14d_sample_batches.ipynb #136d7bb8
-from .mixed_batches import MixedBatches
+from .mixed_batches import _split, MixedBatches
 from .sample_labels import tensor_labels
 from .sample_sources import BatchReader, is_random, Loader, named_batch, SampleSource
 from .sample_views import row_view, SampleView
-from .text_batches import _split
 from ..foundation.checks import as_positions, check_seed
 from ..foundation.core import check_whole, generator
 from ..foundation.held_out import check_apart

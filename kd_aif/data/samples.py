@@ -30,15 +30,12 @@ from .image_folders import folder_source
 from .images import ImageData
 from .loaders import ImageBatches
 from .sample_batches import SampleBatches
-from .sample_labels import check_classes
 from .sample_sources import drawn, Loader, named_batch, read_sample
 from .tables import is_hub_dataset, table_source
 from .text_batches import TextBatches
 from .text_files import read_texts
 from .texts import TextData
-
-# %% ../../nbs/02_data/14_samples.ipynb #7e323e3f
-from .text_samples import select_tokens
+from .written_labels import check_classes, check_two_classes
 
 # %% ../../nbs/02_data/14_samples.ipynb #6b9719a7
 _LOADER_NAMES = tuple(f.name for f in fields(Loader))
@@ -78,8 +75,9 @@ def _text_samples(source, arguments, options):
         _refuse('a TextData', **{k: arguments[k] for k in ('label', 'text', 'classes')})
         data = source
     else:
-        data = read_texts(source, arguments['text'], arguments['label'] or 'label', arguments['classes'])
-        _check_two_classes(data, arguments['classes'])
+        label = 'label' if arguments['label'] is None else arguments['label']
+        data = read_texts(source, arguments['text'], label, arguments['classes'])
+        check_two_classes(data, arguments['classes'])
     if arguments['decisions'] is not None:
         data = apply_decisions(data, arguments['decisions'])
     sizes = dict(batch_size=loader.batch_size, shuffle=loader.shuffle, seed=loader.seed)
@@ -223,22 +221,6 @@ def _given_samples(source, loader, arguments):
         return _pair_samples(source, loader, arguments)
     return _dataset_samples(source, loader, arguments)
 
-# %% ../../nbs/02_data/14_samples.ipynb #4dd18548
-def _check_two_classes(batches, classes):
-    "ValueError where all samples have one label, and nothing says that there are other classes"
-    alone = len(batches.classes) == 1 or (len(batches.y.unique()) == 1 and _counted(batches.classes))
-    if classes is None and batches.classes and alone:
-        name = batches.classes[int(batches.y[0])]
-        raise ValueError(
-            f'source has the label {name!r} alone; give samples of two classes or more, or all names by classes=(...) '
-            f'if others are missing here'
-        )
-    return batches
-
-
-def _counted(classes):
-    return classes == tuple(map(str, range(len(classes))))
-
 # %% ../../nbs/02_data/14_samples.ipynb #af1cd906
 def samples(
     source,  # data set, DataLoader, (X, y), folder of class folders, table file, DataFrame, `datasets.Dataset`
@@ -262,5 +244,5 @@ def samples(
     loader = Loader()
     if isinstance(source, DataLoader):
         source, loader = source.dataset, loader_settings('source', source)
-    batches = _check_two_classes(_given_samples(source, _loader(options, loader), arguments), classes)
+    batches = check_two_classes(_given_samples(source, _loader(options, loader), arguments), classes)
     return batches if decisions is None else apply_decisions(batches, decisions)

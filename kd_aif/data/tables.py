@@ -21,7 +21,7 @@ from .image_folders import image_source, IMAGE_SUFFIXES
 from .sample_labels import column_labels
 from .sample_sources import LABEL_NAMES, SampleSource, TensorRows
 from .text_files import _columns, _is_missing
-from .written_labels import has_decimal_comma, similar_columns
+from .written_labels import check_column_name, has_decimal_comma, similar_columns
 
 # %% ../../nbs/02_data/14i_tables.ipynb #d1d2dff5
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,7 +90,7 @@ def label_column(
     "The column of labels; ValueError that lists the columns"
     columns = ', '.join(map(str, table.columns))
     if label is not None:
-        if label not in table.columns:
+        if check_column_name('label', label) not in table.columns:
             hint = similar_columns([label], table.columns)
             raise ValueError(f'label={label!r}: {table.name} has no such column, only {columns}{hint}')
         return label
@@ -138,10 +138,10 @@ def _is_missing_value(value):
 # %% ../../nbs/02_data/14i_tables.ipynb #e1e9d764
 def _named_inputs(table, inputs, label):
     "Names of the columns of inputs as the caller gave them; ValueError for others"
-    names = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+    names = (inputs,) if isinstance(inputs, (str, Real)) else tuple(inputs)
     columns = ', '.join(map(str, table.columns))
     for name in names:
-        if name not in table.columns or name == label:
+        if check_column_name('inputs', name) not in table.columns or name == label:
             why = 'is the label' if name == label else 'is no column'
             raise ValueError(f'inputs={inputs!r}: {name!r} {why}; the columns of {table.name} are {columns}')
     if not names or len(set(names)) < len(names):
@@ -193,7 +193,7 @@ def _found_inputs(table, label):
     images = [name for name, kind in kinds.items() if kind == 'image']
     if len(images) > 1:
         raise ValueError(
-            f"{table.name} has several columns of images, {', '.join(images)}; name one by inputs='...'"
+            f"{table.name} has several columns of images, {', '.join(map(str, images))}; name one by inputs='...'"
         )
     if not images:
         _check_numbers(table, kinds)
@@ -279,14 +279,17 @@ def _check_kinds(table, names, kinds, size):
         return
     if 'image' in kinds:
         raise ValueError(
-            f'inputs: {", ".join(names)} are images and others; name one column of images, or columns of numbers'
+            f'inputs: {", ".join(map(str, names))} are images and others; name one column of images, or columns of '
+            f'numbers'
         )
     if 'text' in kinds:
         raise ValueError(
-            f"inputs: one of {', '.join(names)} holds text; give text='...' and tokenizer= for texts"
+            f"inputs: one of {', '.join(map(str, names))} holds text; give text='...' and tokenizer= for texts"
         )
     if size is not None:
-        raise ValueError(f'size={size!r} is for images, but {", ".join(names)} are numbers; leave it out')
+        raise ValueError(
+            f'size={size!r} is for images, but {", ".join(map(str, names))} are numbers; leave it out'
+        )
 
 # %% ../../nbs/02_data/14i_tables.ipynb #7e0f2c0c
 def table_source(

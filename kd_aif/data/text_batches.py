@@ -15,24 +15,18 @@ from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/02_data/13_text_batches.ipynb #6ad3af89
-from .mixed_batches import _Chained
+from .mixed_batches import _Chained, _split
 from .text_files import read_texts
+from .text_samples import TextParts
 from .texts import TextData
 from .tokens import _check_data, _tokens, joined_tokens
+from .written_labels import check_two_classes
 from ..foundation.batches import upload
+from ..foundation.checks import check_switch
 from ..foundation.core import check_whole, generator
 
 # %% ../../nbs/02_data/13_text_batches.ipynb #43f90975
 _batches_in_piece = 20
-
-# %% ../../nbs/02_data/13_text_batches.ipynb #4e19c783
-def _split(order, batch_size):
-    "(n,) positions cut into batches; a single one left over joins the last batch"
-    whole, rest = divmod(len(order), batch_size)
-    sizes = [batch_size] * whole + [rest] * (rest > 0)
-    if rest == 1 and whole:
-        sizes[-2:] = [batch_size + 1]
-    return list(order.split(sizes))
 
 # %% ../../nbs/02_data/13_text_batches.ipynb #e29cc58c
 def length_buckets(
@@ -74,7 +68,7 @@ class _Rows:
         return length_buckets(sum(self.lengths.values()), batch_size, g)
 
 # %% ../../nbs/02_data/13_text_batches.ipynb #b2717bde
-class TextBatches:
+class TextBatches(TextParts):
     "Re-iterable batches of a `TextData`: dicts of index (b,), y (b,), input_ids and attention_mask (b, L) int64"
 
     augment = None  # a sample looks the same in each epoch
@@ -90,6 +84,7 @@ class TextBatches:
         teacher_tokenizer=None,  # of a teacher with another vocabulary, whose keys begin with 'teacher.'
     ):
         check_whole('batch_size', batch_size)
+        check_switch('shuffle', shuffle)
         _check_data(data)
         tokens = {'': _tokens('tokenizer', data, tokenizer, max_length)}
         if teacher_tokenizer is not None:
@@ -241,5 +236,5 @@ def text_batches(
             )
         data = source
     else:
-        data = read_texts(source, text, label, classes)
+        data = check_two_classes(read_texts(source, text, label, classes), classes)
     return TextBatches(data, tokenizer, batch_size, **options)

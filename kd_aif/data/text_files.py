@@ -21,7 +21,16 @@ import torch
 from .images import content_hash
 from .sources import _bars_of_datasets
 from .texts import TextData
-from .written_labels import check_class_names, is_real, label_numbers, similar_columns, whole_name
+from kd_aif.data.written_labels import (
+    check_class_names,
+    check_classes,
+    check_column_name,
+    is_real,
+    label_name,
+    label_numbers,
+    similar_columns,
+    whole_name,
+)
 
 # %% ../../nbs/02_data/10_text_files.ipynb #effea2fd
 def _header(f, delimiter):
@@ -85,10 +94,22 @@ def _json(path, lines):
             f"{path}: {e}; give a list of objects, or one object per line in a .jsonl file"
         ) from e
     if isinstance(rows, dict) and all(isinstance(v, list) for v in rows.values()):
-        return rows
+        return _equal_columns(path, rows)
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a {type(rows).__name__}; give a list of objects")
     return _from_rows(str(path), rows)
+
+# %% ../../nbs/02_data/10_text_files.ipynb #ff5fb840
+def _equal_columns(path, columns):
+    "The columns; ValueError where one of them is longer than another"
+    first = next(iter(columns), None)
+    for name, values in columns.items():
+        if len(values) != len(columns[first]):
+            raise ValueError(
+                f"{path}: column {name!r} has {len(values)} values, column {first!r} has {len(columns[first])}; give "
+                "columns of one length"
+            )
+    return columns
 
 # %% ../../nbs/02_data/10_text_files.ipynb #08d6cb94
 def _from_rows(name, rows):
@@ -108,6 +129,8 @@ def _from_rows(name, rows):
 # %% ../../nbs/02_data/10_text_files.ipynb #ac2d24a5
 def _from_dataset(table):
     "Columns of a `datasets.Dataset`, class labels as their names"
+    if hasattr(table, 'with_format') and table.format['type'] != 'custom':
+        table = table.with_format(None)  # plain values, not tensors
     columns = {name: list(table[name]) for name in table.column_names}
     names = {k: f.names for k, f in table.features.items() if getattr(f, 'names', None)}
     return columns, names
@@ -152,6 +175,19 @@ def _from_frame(frame):
 def _is_list(value):
     return isinstance(value, (list, tuple)) or (hasattr(value, 'tolist') and getattr(value, 'ndim', 1) == 1)
 
+# %% ../../nbs/02_data/10_text_files.ipynb #40d4253d
+def _is_pair(row):
+    return isinstance(row, tuple) and len(row) == 2 and all(isinstance(part, str) for part in row)
+
+
+def _check_clear(source):
+    "ValueError for a list of two pairs of strings"
+    if isinstance(source, list) and all(map(_is_pair, source)):
+        raise ValueError(
+            f"source={source!r:.80} may be two rows (text, label), or two texts and their two labels; give (list of "
+            "texts, list of labels), a tuple of two lists, or a list of dictionaries"
+        )
+
 # %% ../../nbs/02_data/10_text_files.ipynb #99b9fe82
 def _from_lists(texts, labels, label):
     "Columns of two lists"
@@ -181,6 +217,7 @@ def _columns(source, label):
     if isinstance(source, (list, tuple)) and source and all(isinstance(r, Mapping) for r in source):
         return _from_rows('source', source), {}, 'texts'
     if isinstance(source, (list, tuple)) and len(source) == 2 and all(map(_is_list, source)):
+        _check_clear(source)
         return _from_lists(*source, label), {}, 'texts'
     raise TypeError(
         f"source is a {type(source).__name__}; give a file, a pandas DataFrame, a datasets.Dataset (one split), "
@@ -206,10 +243,23 @@ def _usual_columns(columns):
     fits = pairs + [names for names in fits if not set(names) & taken]
     return fits[0] if len(fits) == 1 else ()
 
+# %% ../../nbs/02_data/10_text_files.ipynb #6dbfa4bd
+def _given_columns(text, label):
+    "Columns of the texts as the caller named them, () for None; TypeError or ValueError for what names no columns"
+    names = () if text is None else tuple(text) if isinstance(text, (list, tuple)) else (text,)
+    check_column_name('label', label)
+    for name in names:
+        check_column_name('text', name)
+    if label in names:
+        raise ValueError(f"text={text!r} and label={label!r} name the same column; name one for each")
+    if len(set(names)) < len(names):
+        raise ValueError(f"text={text!r} names a column twice; name two different ones, or a single one")
+    return names
+
 # %% ../../nbs/02_data/10_text_files.ipynb #762e106d
 def _text_columns(text, label, columns):
     "Names of one or two columns of texts; ValueError listing the columns when they are not there or not clear"
-    names = (text,) if isinstance(text, str) else tuple(text or ())
+    names = _given_columns(text, label)
     if text is None:
         names = _usual_columns([c for c in columns if c != label])
     missing = [n for n in (*names, label) if n not in columns]
@@ -259,18 +309,11 @@ def _check_values(values, has_names):
             f"{missing[0]}; fill them or leave these rows out (the public test sets of GLUE have no labels)"
         )
 
-# %% ../../nbs/02_data/10_text_files.ipynb #8fe9718b
-def _name(value):
-    whole = isinstance(value, Real) and not isinstance(value, bool) and value == value // 1
-    return str(int(value)) if whole else str(value)
-
 # %% ../../nbs/02_data/10_text_files.ipynb #273cc5f4
 def _given_classes(values, classes):
     "Labels by name, else by number; ValueError with the value and the row of the first that is neither"
-    names = tuple(map(_name, classes))
-    if isinstance(classes, str) or len(set(names)) < len(names):
-        raise ValueError(f"classes={classes!r}; give a list of different names")
-    place, found = {name: k for k, name in enumerate(names)}, list(map(_name, values))
+    names = tuple(map(label_name, classes))
+    place, found = {name: k for k, name in enumerate(names)}, list(map(label_name, values))
     numbers = list(map(whole_name, found))  # '1.0' in a file
     if None not in numbers and not set(found) <= set(place):
         found = numbers
@@ -284,6 +327,21 @@ def _given_classes(values, classes):
             )
     return torch.tensor([place[name] for name in found], dtype=torch.int64), names
 
+# %% ../../nbs/02_data/10_text_files.ipynb #366a0b95
+_missing_words = 'nan', 'n/a', '#n/a', '<na>'
+
+
+def _check_names(values):
+    "ValueError with the row of the first name that stands for a missing label"
+    named = [i for i, v in enumerate(values) if isinstance(v, str) and v.strip().casefold() in _missing_words]
+    if named:
+        word = values[named[0]]
+        raise ValueError(
+            f"row {named[0]}: the label {word!r} is a word for a missing value ({len(named)} of {len(values)} labels); "
+            f"leave such rows out, in pandas with frame[frame[COLUMN] != {word!r}], or list {word!r} in classes=(...) "
+            "if it is the name of a class"
+        )
+
 # %% ../../nbs/02_data/10_text_files.ipynb #85b11eec
 def _labels(values, hub_names, classes):
     "(n,) labels and the names of the classes"
@@ -296,12 +354,13 @@ def _labels(values, hub_names, classes):
     if classes:
         return _given_classes(values, classes)
     if numbers is None:
-        return _given_classes(values, sorted(set(map(_name, values))))
+        _check_names(values)
+        return _given_classes(values, sorted(set(map(label_name, values))))
     if classes is not None or any(n != int(n) for n in numbers):
         return torch.from_numpy(np.array(numbers, dtype=np.float64).astype(np.float32)), ()
     found = sorted(set(numbers))
     place = {number: k for k, number in enumerate(found)}
-    return torch.tensor([place[n] for n in numbers], dtype=torch.int64), tuple(map(_name, found))
+    return torch.tensor([place[n] for n in numbers], dtype=torch.int64), tuple(map(label_name, found))
 
 # %% ../../nbs/02_data/10_text_files.ipynb #e2a8c0e6
 def read_texts(
@@ -313,7 +372,14 @@ def read_texts(
     split: str = 'train',  # 'train' or 'test'
 ) -> TextData:  # every row of the source, in its order
     "Labelled texts; ValueError with row and remedy for missing texts or labels, TypeError for a bad source"
+    classes = check_classes(classes)
+    _given_columns(text, label)
     columns, names, stem = _columns(source, label)
+    if not columns:
+        what = (
+            f'the file {source}' if isinstance(source, (str, Path)) else f'source, a {type(source).__name__},'
+        )
+        raise ValueError(f"{what} is empty; give a header and at least one row")
     found = _text_columns(text, label, columns)
     if not columns[label]:
         raise ValueError(f"source has no rows; give at least one text ({name or stem})")

@@ -7,6 +7,7 @@ __all__ = ['Tokens', 'joined_tokens', 'tokenize']
 
 # %% ../../nbs/02_data/12_tokens.ipynb #fd2bec65
 import json
+import re
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -102,6 +103,19 @@ def joined_tokens(
     offsets = torch.cat([first.offsets, first.offsets[-1] + second.offsets[1:]])
     return replace(first, values=values, offsets=offsets, truncated=first.truncated + second.truncated)
 
+# %% ../../nbs/02_data/12_tokens.ipynb #f26ebc83
+_LONE = re.compile('[\ud800-\udfff]')
+
+
+def _check_characters(texts):
+    "ValueError with the row of the first text that holds half of a surrogate pair"
+    for i, text in enumerate(texts):
+        if half := _LONE.search(text if isinstance(text, str) else ''.join(text)):
+            raise ValueError(
+                f"row {i}: the text holds {ascii(half[0])}, half of a character, which no tokenizer can read; correct "
+                "it, leave the row out, or replace it by text.encode('utf-8', 'replace').decode()"
+            )
+
 # %% ../../nbs/02_data/12_tokens.ipynb #19099086
 def _check_data(data):
     "A TextData with at least one text"
@@ -111,6 +125,7 @@ def _check_data(data):
         raise ValueError(
             "data is empty; give at least one text (for validation, hold some out with hold_out)"
         )
+    _check_characters(data.texts)
 
 # %% ../../nbs/02_data/12_tokens.ipynb #5aa5db04
 def _check_tokenizer(name, tokenizer):

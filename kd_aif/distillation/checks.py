@@ -33,7 +33,7 @@ from ..weights.class_weights import ClassWeighting
 
 # %% ../../nbs/06_distillation/08_checks.ipynb #13b93ec6
 from ..foundation.checks import check_instance, check_network, check_unshared
-from ..influence.call_checks import check_loss, first_outputs
+from ..influence.call_checks import check_loss, read_outputs
 from ..influence.cross_scores import OF_CLASSES
 
 # %% ../../nbs/06_distillation/08_checks.ipynb #c06c6652
@@ -204,7 +204,7 @@ def count_classes(
 ) -> int:  # number of classes C
     "Number of logits, from one forward pass; raises `ValueError` or `TypeError` when they are not (b, C) and finite"
     with evaluating(model), torch.no_grad():
-        return first_outputs(name, model, to_device(batch, model_device(model)), forward).shape[1]
+        return read_outputs(name, model, to_device(batch, model_device(model)), forward).shape[1]
 
 # %% ../../nbs/06_distillation/08_checks.ipynb #fe6e9c92
 def check_teacher(

@@ -22,9 +22,12 @@ def _allowed(logits):
 
 def _padding_words(name, model, token, gap):
     "What is wrong, and what to do"
-    own = getattr(getattr(model, 'config', None), 'pad_token_id', None)
+    config = getattr(model, 'config', None)
+    own = getattr(config, 'pad_token_id', None)
     remedy = f'set model.config.pad_token_id = {token}, the token that fills up the batches (it is {own})'
-    if own == token:
+    if config is None:
+        remedy = 'let the model leave out what attention_mask masks, or give nn.EmbeddingBag its padding_idx'
+    elif own == token:
         remedy = (
             "fill up on the other side (tokenizer.padding_side = 'left'), or pass position_ids by forward="
         )

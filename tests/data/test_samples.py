@@ -635,7 +635,7 @@ TEXTS = dict(text=[' '.join([str(3 + k % 3)] * (1 + k % 5)) for k in range(12)],
 class TokenSum(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embedding, self.head = nn.EmbeddingBag(40, 4), nn.Linear(4, 3)
+        self.embedding, self.head = nn.EmbeddingBag(40, 4, padding_idx=0), nn.Linear(4, 3)
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None):
         return self.head(self.embedding(input_ids))

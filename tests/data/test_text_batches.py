@@ -1,6 +1,8 @@
 "Batches of texts: order, buckets, two tokenizers, validation samples that also train."
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +12,13 @@ import torch
 
 from kd_aif.data.glue import load_glue
 from kd_aif.data.images import hold_out
+from kd_aif.data.loaders import ImageBatches
 from kd_aif.data.mixed_batches import is_deterministic, mix_batches, MixedBatches, SubsetBatches
+from kd_aif.data.samples import samples
+from kd_aif.data.sources import load_images
 from kd_aif.data.text_batches import length_buckets, MixedTextBatches, text_batches, TextBatches
 from kd_aif.data.text_files import read_texts
+from kd_aif.data.tokens import tokenize
 from kd_aif.data.training_set import check_batches, TrainingSet
 from kd_aif.foundation.batches import eval_view
 from kd_aif.foundation.core import generator
@@ -291,3 +297,58 @@ def test_real_pairs_with_a_real_tokenizer():
     texts = [list(column) for column in zip(*mrpc.texts[:32])]
     expected = tokenizer(*texts, padding=True, return_tensors='pt')
     assert all(torch.equal(batch[k], expected[k]) for k in expected)
+
+
+PROGRAM = """
+import sys
+from kd_aif.data.text_batches import TextBatches
+assert 'kd_aif.data.samples' not in sys.modules
+for name in 'classes', 'y', 'index', 'select', 'hold_out', 'view', 'eval_view', 'with_validation':
+    assert hasattr(TextBatches, name), name
+"""
+
+
+def test_parts_need_no_other_import():
+    "In a process of its own: other tests have imported everything"
+    done = subprocess.run([sys.executable, '-c', PROGRAM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_parts_of_texts_from_a_file(words, tmp_path):
+    (tmp_path / 'my.csv').write_text('text,label\n' + ''.join(f'{k},{"ab"[k % 2]}\n' for k in range(10)))
+    train, val = text_batches(tmp_path / 'my.csv', words()).hold_out(0.2)
+    assert (len(train.y), val.y.tolist(), val.classes) == (8, [0, 1], ('a', 'b'))
+    assert type(train) is TextBatches and train.select([0]).index.tolist() == train.index[:1].tolist()
+    assert [v.text for v in val.view(val.index)] == [str(int(i)) for i in val.index]
+
+
+def test_a_single_class_is_refused(words, tmp_path):
+    source = ['1', '2', '3'], ['a'] * 3
+    for make in (
+        lambda **o: text_batches(source, words(), **o),
+        lambda **o: samples(source, tokenizer=words(), **o),
+    ):
+        with pytest.raises(
+            ValueError, match="source has the label 'a' alone; give samples of two classes or more"
+        ):
+            make()
+        assert make(classes=('a', 'b')).y.tolist() == [0, 0, 0]
+    assert text_batches((source[0], [1.5] * 3), words()).classes == ()
+
+
+@pytest.mark.parametrize('value', ['no', 0, None])
+def test_shuffle_is_true_or_false(value, data, words):
+    with pytest.raises(TypeError, match='shuffle is .*use True or False'):
+        TextBatches(data, words(), shuffle=value)
+    with pytest.raises(TypeError, match='shuffle is .*use True or False'):
+        ImageBatches(load_images('digits', progress=False), shuffle=value)
+
+
+@pytest.mark.parametrize('texts', [['1', '2', 'a\ud800b'], [('1', '2'), ('3', '4'), ('5', '6\udfff')]])
+def test_half_a_character_is_named_by_its_row(texts, words):
+    for make in (
+        lambda: text_batches((texts, [0, 1, 0]), words()),
+        lambda: tokenize(read_texts((texts, [0, 1, 0])), words()),
+    ):
+        with pytest.raises(ValueError, match=r"row 2: the text holds '.ud...', half of a character"):
+            make()

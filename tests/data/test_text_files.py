@@ -7,6 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
+from kd_aif.data.sample_labels import column_labels
+from kd_aif.data.samples import samples
+from kd_aif.data.text_batches import text_batches
 from kd_aif.data.text_files import read_texts
 
 TEXTS = ['n/a', 'null', 'a "quoted", word', 'two\nlines', 'NaN', 'last\u2028one']
@@ -53,7 +56,13 @@ def test_tab_separated(tmp_path):
         ('a.csv', 'text,label\n"x" y,1\n', 'save it as UTF-8'),
         ('a.csv', 'text,text\nx,1\n', 'names a column twice'),
         ('a.csv', 'text,label\n', 'no rows'),
-        ('a.csv', '', "there is no column 'label'"),
+        ('a.csv', '', 'the file .*a.csv is empty; give a header'),
+        ('a.tsv', '\n\n', 'the file .*a.tsv is empty; give a header'),
+        (
+            'a.json',
+            '{"text": ["x", "y"], "label": [0]}',
+            "a.json: column 'label' has 1 values, column 'text' has 2",
+        ),
         ('a.csv', b'text,label\n\xff,1\n', 'save it as UTF-8'),
         ('a.tsv', 'text\tlabel\n"x\t1\ny"\t1\n', 'quoting=3'),
         ('a.json', '[{"text": "x"', 'list of objects'),
@@ -127,7 +136,6 @@ def test_given_classes_fix_names_and_order(labels, classes, y):
         ([0, 1, 2], ('1', '2', '3'), 'row 0: label 0 is not'),
         ([0, 0.5, 1], ('no', 'yes'), 'is not one of'),
         (['a', 'b', 'a'], ('a', 'a'), 'different names'),
-        (['a', 'b', 'a'], 'ab', 'different names'),
     ],
 )
 def test_labels_outside_of_the_given_classes(labels, classes, says):
@@ -235,3 +243,118 @@ def test_data_sets_of_hugging_face(tmp_path):
         read_texts(unlabelled)
     with pytest.raises(TypeError, match='one split'):
         read_texts(datasets.DatasetDict(train=table))
+
+
+UNCLEAR_CLASSES = {
+    'set': {'x', 'y', 'z'},
+    'dictionary': {0: 'neg', 1: 'pos'},
+    'number': 2,
+    'string': 'ab',
+    'nested': [['a'], ['b']],
+    'rows of an array': np.array([['a', 'b']]),
+    'None among them': ['a', None],
+}
+
+
+@pytest.mark.parametrize('kind', UNCLEAR_CLASSES)
+def test_classes_without_an_order_are_refused_alike(kind, words):
+    classes, source = UNCLEAR_CLASSES[kind], (['1', '2', '3'], ['a', 'b', 'a'])
+    read = [
+        lambda: read_texts(source, classes=classes),
+        lambda: text_batches(source, words(), classes=classes),
+        lambda: samples(source, tokenizer=words(), classes=classes),
+        lambda: samples((torch.randn(2, 3), [0, 1]), classes=classes),
+    ]
+    said = set()
+    for call in read:
+        with pytest.raises(TypeError, match='classes .*give a list of names in the order of the labels') as e:
+            call()
+        said.add(str(e.value))
+    assert len(said) == 1
+
+
+def test_lists_of_every_kind_are_classes():
+    labels = lists(['b', 'a', 'b'])
+    for classes in (
+        ['b', 'a'],
+        ('b', 'a'),
+        np.array(['b', 'a']),
+        pd.Series(['b', 'a']),
+        {1: 'b', 2: 'a'}.values(),
+    ):
+        assert read_texts(labels, classes=classes).y.tolist() == [0, 1, 0]
+
+
+def test_a_data_set_with_a_format_gives_the_same_texts():
+    datasets = pytest.importorskip('datasets')
+    table = datasets.Dataset.from_dict(dict(text=['x', 'y', 'z'], label=[1, 0, 1]))
+    plain = read_texts(table)
+    for name in 'torch', 'numpy', 'arrow', 'pandas':
+        assert read_texts(table.with_format(name)).fingerprint == plain.fingerprint
+    assert read_texts(table.with_format('torch', columns=['label'])).fingerprint == plain.fingerprint
+    own = table.with_transform(lambda batch: {k: [2 * v for v in values] for k, values in batch.items()})
+    assert read_texts(own).texts == ('xx', 'yy', 'zz')
+
+
+@pytest.mark.parametrize(
+    'options, kind, says',
+    [
+        (dict(text='label'), ValueError, "text='label' and label='label' name the same column"),
+        (dict(text=('text', 'label')), ValueError, 'name the same column'),
+        (dict(text=('text', 'text')), ValueError, r"text=\('text', 'text'\) names a column twice"),
+        (dict(text=3), ValueError, 'there is no column 3; the columns are text, label'),
+        (dict(text={'text', 'label'}), TypeError, 'text is {.*, a set; give the name of a column'),
+        (dict(text=('text', None)), TypeError, 'text is None, a NoneType; give the name of a column'),
+        (dict(label=None), TypeError, 'label is None, a NoneType; give the name of a column'),
+        (dict(label=['label']), TypeError, r"label is \['label'\], a list; give the name of a column"),
+    ],
+)
+def test_names_that_are_no_columns(options, kind, says):
+    frame = pd.DataFrame(dict(text=['x', 'y'], label=['p', 'q']))
+    for source in frame, frame.to_dict('records'), (['x', 'y'], ['p', 'q']):
+        with pytest.raises(kind, match=says):
+            read_texts(source, **options)
+
+
+def test_columns_with_numbers_for_names(words):
+    frame = pd.DataFrame({0: ['1', '2', '3'], 1: ['p', 'q', 'p']})
+    assert read_texts(frame, 0, 1).texts == ('1', '2', '3')
+    assert samples(frame, tokenizer=words(), text=0, label=1).y.tolist() == [0, 1, 0]
+    assert samples(frame[[1, 0]].set_axis([0, 1], axis=1), tokenizer=words(), text=1, label=0).classes == (
+        'p',
+        'q',
+    )
+    with pytest.raises(ValueError, match="there is no column 'label'; the columns are 0, 1"):
+        read_texts(frame, 0)
+    with pytest.raises(ValueError, match="there is no column 'text'"):
+        samples(frame, tokenizer=words(), text='text', label=1)
+    numbers = pd.DataFrame({0: [0.5, 1.5, 0.1], 1: [2.5, 0.5, 1.0], 2: ['p', 'q', 'p']})
+    assert len(samples(numbers, label=2, inputs=0)) == len(samples(numbers, label=2)) == 1
+    with pytest.raises(TypeError, match=r"label is \[2\], a list; give the name of a column"):
+        samples(numbers, label=[2])
+
+
+@pytest.mark.parametrize('word', ['NaN', 'nan', 'N/A', '#N/A', ' n/a ', '<NA>'])
+def test_words_for_a_missing_label(word, words):
+    texts, labels = ['1', '2', '3'], ['pos', word, 'neg']
+    for read in read_texts, lambda source: samples(source, tokenizer=words()):
+        with pytest.raises(
+            ValueError, match='row 1: the label .* leave such rows out, .*or list .* in classes='
+        ):
+            read((texts, labels))
+    with pytest.raises(ValueError, match='labels: row 1: the label'):
+        column_labels('labels', labels)
+    assert read_texts((texts, labels), classes=('neg', word, 'pos')).y.tolist() == [2, 1, 0]
+    assert read_texts((texts, ['NA', 'none', 'null'])).classes == ('NA', 'none', 'null')
+    with pytest.raises(ValueError, match='1 of 3 labels are missing .* row 1'):
+        read_texts((texts, ['pos', None, 'neg']))
+
+
+def test_two_pairs_of_strings_have_two_meanings():
+    rows = [('good film', 'pos'), ('bad film', 'neg')]
+    with pytest.raises(
+        ValueError, match=r'may be two rows \(text, label\), or two texts and their two labels'
+    ):
+        read_texts(rows)
+    assert read_texts(tuple(map(list, zip(*rows)))).texts == ('good film', 'bad film')
+    assert read_texts([['good film', 'bad film'], ['pos', 'neg']]).classes == ('neg', 'pos')
